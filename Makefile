@@ -35,7 +35,7 @@ lint: $(STAMP)  ## style and formatting
 	$(BIN)/ruff format --check .
 
 types: $(STAMP)  ## static types
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 pytest: $(STAMP)  ## the tests alone
 	$(BIN)/python -m pytest -p no:cacheprovider

@@ -1,0 +1,241 @@
+"""The `sjd2` command: generate, bench, evaluate, doctor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .errors import ConfigError, PromptError, Sjd2Error
+
+# Newer releases of typer carry click inside, older ones import it: ask typer for the class.
+UsageError: Any = typer.BadParameter.__bases__[0]
+
+
+def _fail(message: str) -> typer.Exit:
+    """Say what is wrong in one line on stderr; the exit code is 2."""
+    typer.echo(f"sjd2: error: {' '.join(message.split())}", err=True)
+    return typer.Exit(2)
+
+
+class _Commands(TyperGroup):
+    """Turns every error a user can cause into one line and exit code 2, never a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Sjd2Error as error:
+            raise _fail(str(error)) from error
+        except UsageError as error:
+            command = error.ctx.command_path if error.ctx else "sjd2"
+            raise _fail(f"{error.format_message()} (see {command} --help)") from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Several tokens per forward pass for autoregressive text-to-image models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option(help="Bundled model (scenes, scenes-sjd2), a local folder, or a hub id.")]
+Decoder = Annotated[str, typer.Option(help="ar, jacobi, sjd, coupled or sjd2.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for everything that is written.")]
+Seed = Annotated[int, typer.Option(help="Seed of the first prompt; prompt i uses seed + i.")]
+Window = Annotated[int | None, typer.Option(help="Slots per forward pass (default: the model family's).")]
+Levels = Annotated[int | None, typer.Option(help="Denoising levels of sjd2.")]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")]
+Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")]
+TopK = Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the most likely tokens up to this probability.")]
+Verification = Annotated[str | None, typer.Option(help="sjd2: match, ratio or paper.")]
+Coupling = Annotated[str | None, typer.Option(help="coupled and sjd2 ratio: gumbel, maximal or none.")]
+Negative = Annotated[str | None, typer.Option(help="Prompt of the unconditional row.")]
+MaxBatch = Annotated[int | None, typer.Option(help="Most images decoded together.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Specs = Annotated[str, typer.Option(help="Comma-separated; each name[@base|@sjd2][:option]…")]
+PromptFile = Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")]
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given; the others are left to the model family's defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _at_least_one(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ConfigError(f"--{name} is {value}; expected at least 1")
+
+
+def _engine(model: str, device: str, dtype: str):
+    from .engine import Engine
+
+    return Engine.from_pretrained(model, device=device, dtype=dtype)
+
+
+def _progress(label: str, unit: str):
+    from tqdm import tqdm
+
+    return lambda items: tqdm(items, desc=label, unit=unit, leave=False, dynamic_ncols=True)
+
+
+def _table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> None:
+    """Print a table on stdout, wide enough for its cells where no terminal sets the width."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="left" if i < left else "right", no_wrap=True)
+    for cells in rows:
+        table.add_row(*cells)
+    console = Console()
+    Console(width=console.width if console.is_terminal else 140).print(table)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="One or more prompts.")] = None,
+    out: Out = Path("out"),
+    prompt_file: PromptFile = None,
+    model: Model = "scenes-sjd2",
+    decoder: Decoder = "sjd2",
+    seed: Seed = 0,
+    window: Window = None,
+    levels: Levels = None,
+    guidance: Guidance = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    verification: Verification = None,
+    coupling: Coupling = None,
+    negative_prompt: Negative = None,
+    max_batch: MaxBatch = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Draw one picture per prompt. Finished pictures of an interrupted run are not drawn again."""
+    from .evaluation.prompts import read_prompts
+    from .files import check_writable
+    from .generation import draw
+
+    texts = [*(prompts or []), *(read_prompts(prompt_file) if prompt_file else [])]
+    if not texts:
+        raise PromptError('no prompt given; try: sjd2 generate "a red circle left of a blue square" -o out')
+    check_writable(out)
+    options = _given(
+        window=window, denoise_levels=levels, guidance_scale=guidance, temperature=temperature, top_k=top_k,
+        top_p=top_p, verification=verification, coupling=coupling, negative_prompt=negative_prompt,
+        max_batch=max_batch,
+    )  # fmt: skip
+    for line in draw(_engine(model, device, dtype), texts, out, decoder, seed, options):
+        typer.echo(line)
+
+
+@app.command()
+def bench(
+    model: Model = "scenes",
+    decoders: Specs = "ar,sjd,sjd2",
+    prompts: Annotated[int, typer.Option(help="How many held-out captions of the bundled model.")] = 16,
+    prompt_file: PromptFile = None,
+    seed: Seed = 0,
+    out: Out = Path("out/bench"),
+    tuned: Annotated[str | None, typer.Option(help="Weights for sjd2 (default: MODEL-sjd2).")] = None,
+    windows: Annotated[str, typer.Option(help="auto, or sizes to run every decoder with: 16,32,64")] = "auto",
+    batch: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
+    warmup: Annotated[int, typer.Option(min=0, help="Untimed decodes per decoder at the start.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed decodes per prompt and decoder.")] = 1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Compare decoders on the same prompts and seeds: forward passes, seconds, memory, pictures."""
+    from .evaluation.specs import parse_specs
+    from .files import check_writable
+
+    _at_least_one(prompts=prompts, batch=batch, repeats=repeats)
+    specs = parse_specs(decoders, windows)
+    check_writable(out)
+    from .evaluation import bench as comparison
+    from .evaluation import results
+    from .evaluation.prompts import Case, read_prompts, scene_cases
+
+    names = {"base": model, "sjd2": tuned or f"{model}-sjd2"}
+    engines = {w: _engine(names[w], device, dtype) for w in dict.fromkeys(spec.weights for spec in specs)}
+    cases = [Case(text) for text in read_prompts(prompt_file)] if prompt_file else scene_cases(prompts, seed)
+    plan = comparison.Plan(cases[:prompts], seed, batch, warmup, repeats)
+    rows = comparison.contenders(specs, engines)
+    result = comparison.run(plan, rows, out, _progress("bench", "decode"))
+    title = f"Decoders on {result.model}: {result.device}, {result.dtype}"
+    _table(title, results.HEADERS, results.table_rows(result), 3)
+    typer.echo(f"Tables, plots and pictures are in {out}/")
+    typer.echo(result.to_json())
+
+
+@app.command()
+def evaluate(
+    model: Model = "scenes-sjd2",
+    decoder: Decoder = "sjd2",
+    prompts: Annotated[int, typer.Option(help="Number of held-out captions, six categories in turn.")] = 120,
+    seed: Seed = 0,
+    out: Out = Path("out/evaluate"),
+    window: Window = None,
+    levels: Levels = None,
+    guidance: Guidance = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    verification: Verification = None,
+    coupling: Coupling = None,
+    batch: Annotated[int, typer.Option(help="Prompts decoded together.")] = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Score pictures against their prompts (SceneEval); goes on where a killed run stopped."""
+    from .files import check_writable
+
+    _at_least_one(prompts=prompts, batch=batch)
+    check_writable(out)
+    from .evaluation import evaluate as scoring
+    from .evaluation.prompts import scene_cases
+
+    options = _given(
+        window=window, denoise_levels=levels, guidance_scale=guidance, temperature=temperature, top_k=top_k,
+        top_p=top_p, verification=verification, coupling=coupling,
+    )  # fmt: skip
+    engine = _engine(model, device, dtype)
+    cases = scene_cases(prompts, seed)
+    progress = _progress("evaluate", "batch")
+    result = scoring.evaluate(engine, cases, decoder, out, seed, batch, options, progress)
+    _table(f"SceneEval of {model}, {decoder}", scoring.HEADERS, result.rows(), 1)
+    typer.echo(result.to_json())
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
+) -> None:
+    """Versions, devices, bundled models, and which backend each op uses and why."""
+    from . import doctor as examination
+
+    facts = examination.examine()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        examination.show(facts)
+
+
+def main() -> None:
+    """Entry point of the `sjd2` command."""
+    app(prog_name="sjd2")
+
+
+if __name__ == "__main__":
+    main()

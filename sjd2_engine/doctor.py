@@ -1,0 +1,115 @@
+"""What `sjd2 doctor` finds: versions, devices, bundled models, and which backend each op uses and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sjd2_kernels.ops  # noqa: F401  (registers torch.ops.sjd2)
+
+from .evaluation import machine
+
+WEIGHTS = Path(__file__).parent / "weights"
+# The whole op set: what is not registered yet is done by plain PyTorch code where it is needed.
+OPS = (
+    "embed_window",
+    "perturb",
+    "sample_window",
+    "verify",
+    "commit",
+    "refine",
+    "kv_compact",
+    "qk_norm_rope_cache",
+    "window_attention",
+    "rms_norm",
+    "swiglu",
+)
+
+
+def backend_of(op: str, device: str) -> tuple[str, str]:
+    """Which implementation of an op a tensor on this device ("cpu", "cuda") gets, and why."""
+    name = f"sjd2::{op}"
+    if name not in torch._C._dispatch_get_all_op_names():
+        return "inline", "not an op yet: its callers do it with plain PyTorch"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper()):
+        return "kernel", f"a kernel is registered for {device.upper()}"
+    return "reference", f"plain PyTorch: no kernel is registered for {device.upper()}"
+
+
+def devices() -> list[dict[str, Any]]:
+    """Every device torch can use, the one that "auto" takes first."""
+    found: list[dict[str, Any]] = []
+    for i in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(i)
+        memory = round(facts.total_memory / 2**30, 1)
+        found.append(
+            {
+                "device": f"cuda:{i}",
+                "name": facts.name,
+                "memory_gib": memory,
+                "sm": f"{facts.major}.{facts.minor}",
+            }
+        )
+    return [*found, {"device": "cpu", "name": machine.cpu_name(), "cores": os.cpu_count()}]
+
+
+def bundled_models() -> list[dict[str, Any]]:
+    """The models that come with the package, with their size on disk."""
+    folders = sorted(path for path in WEIGHTS.iterdir() if path.is_dir()) if WEIGHTS.is_dir() else []
+    return [
+        {
+            "name": folder.name,
+            "mib": round(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20, 1),
+        }
+        for folder in folders
+    ]
+
+
+def examine() -> dict[str, Any]:
+    """Everything there is to know, as one JSON-able document."""
+    used = list(dict.fromkeys(d["device"].split(":")[0] for d in devices()))
+    ops = [
+        {"op": op, "device": device, "backend": backend, "why": why}
+        for op in OPS
+        for device in used
+        for backend, why in [backend_of(op, device)]
+    ]
+    return {
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "devices": devices(),
+        "models": bundled_models(),
+        "ops": ops,
+    }
+
+
+def show(facts: dict[str, Any]) -> None:
+    """Print the document as tables on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    about = Table("", "", show_header=False, box=None)
+    for name, version in facts["versions"].items():
+        about.add_row(name, version)
+    about.add_row("commit", facts["commit"])
+    about.add_row("platform", facts["platform"])
+    about.add_row("torch threads", str(facts["threads"]))
+    for device in facts["devices"]:
+        extra = ", ".join(f"{v} {k}" for k, v in device.items() if k not in ("device", "name"))
+        about.add_row(device["device"], f"{device['name']} ({extra})")
+    for model in facts["models"]:
+        about.add_row("bundled model", f"{model['name']} ({model['mib']} MiB)")
+    if not facts["models"]:
+        about.add_row("bundled model", f"none found in {WEIGHTS}")
+    console.print(about)
+    ops = Table("op", "device", "backend", "why", title="Ops", title_justify="left")
+    for row in facts["ops"]:
+        ops.add_row(row["op"], row["device"], row["backend"], row["why"])
+    console.print(ops)
