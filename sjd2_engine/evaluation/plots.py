@@ -80,7 +80,7 @@ def colours(rows: Sequence[DecoderResult]) -> list[str]:
         seen[_family(row)] = nth + 1
         keep = 1.0 if _family(row) == "ar" else (1 - TINT) ** nth
         rgb = keep * np.array(to_rgb(hues[_family(row)])) + (1 - keep)
-        result.append(to_hex(rgb))
+        result.append(to_hex(tuple(rgb.tolist())))
     return result
 
 
