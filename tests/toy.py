@@ -7,12 +7,14 @@ rollback, or the key/value of a noisy input that survives, changes the law and i
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from sjd2_engine import DecodeConfig, JacobiWindow, TokenLayout
-
-PADDING = 0
 
 
 class PrefixModel:
@@ -37,6 +39,13 @@ class PrefixModel:
         prefixes = self.symbols ** (self.total - 1)
         self.table = sharpness * torch.randn(prompts, self.total, prefixes, vocab, generator=make)
         self.weights = self.symbols ** torch.arange(self.total)
+
+    def unconditional(self, seed: int = 9, scale: float = 0.5) -> PrefixModel:
+        """Another law over the same inputs, for guidance."""
+        twin = copy.copy(self)
+        make = torch.Generator().manual_seed(seed)
+        twin.table = scale * torch.randn(self.table.shape, generator=make)
+        return twin
 
     def begin(self, prompt: Tensor, width: int) -> None:
         """An empty cache for rows with these prompt numbers."""
@@ -75,8 +84,6 @@ class PrefixModel:
 
     def joint(self, prompt: int, config: DecodeConfig, uncond: PrefixModel | None = None) -> Tensor:
         """Exact law of the image tokens of plain autoregressive decoding, f64 [V, V, …]."""
-        import numpy as np
-
         law = torch.ones(1, dtype=torch.float64)
         codes = torch.zeros(1, dtype=torch.int64)
         for position, known in enumerate(self.layout.forced):
@@ -114,12 +121,13 @@ def decode(
     model: PrefixModel,
     config: DecodeConfig,
     prompt: Tensor,
-    seeds: list[int] | Tensor,
+    seeds: Sequence[int] | Tensor,
     uncond: PrefixModel | None = None,
     check_cache: bool = True,
+    window_class: type[JacobiWindow] = JacobiWindow,
 ) -> JacobiWindow:
     """Drive a window with the toy until it is done, checking the promises of the window at every step."""
-    window = JacobiWindow(config, model.layout, model.embedding, model.starts[prompt], seeds=seeds)
+    window = window_class(config, model.layout, model.embedding, model.starts[prompt], seeds=seeds)
     model.begin(prompt, window.width)
     if uncond is not None:
         uncond.begin(prompt, window.width)
@@ -149,21 +157,35 @@ def assert_cache_clean(model: PrefixModel, window: JacobiWindow) -> None:
     assert torch.equal(model.fed[:, 1 : model.total][kept], wanted[kept])
 
 
-def outcome(model: PrefixModel, tokens: Tensor) -> Tensor:
-    """Index of each row's image tokens in `joint`."""
-    image = model.layout.image_tokens(tokens)
-    return (image * model.vocab ** torch.arange(image.shape[1]).flip(0)).sum(1)
+def law_distance(
+    model: PrefixModel,
+    config: DecodeConfig,
+    samples: int = 204_800,
+    uncond: PrefixModel | None = None,
+    window_class: type[JacobiWindow] = JacobiWindow,
+    first_seed: int = 0,
+    batch: int = 12_800,
+) -> float:
+    """Total variation between decoded pictures and the exact law, in units of what a perfect sampler shows.
 
-
-def total_variation(counts: Tensor, law: Tensor) -> float:
-    """Distance of the empirical law from the exact one."""
-    return float((counts.double() / counts.sum() - law).abs().sum() / 2)
+    Two prompts share every batch; the result is the mean over both. 1 is perfect, up to chance.
+    """
+    prompt = torch.arange(batch) % 2
+    laws = [model.joint(number, config, uncond) for number in range(2)]
+    counts = [torch.zeros(len(law)) for law in laws]
+    for start in range(first_seed, first_seed + samples, batch):
+        seeds = torch.arange(start, start + batch)
+        window = decode(model, config, prompt, seeds, uncond, start == first_seed, window_class)
+        image = model.layout.image_tokens(window.tokens)
+        index = (image * model.vocab ** torch.arange(image.shape[1]).flip(0)).sum(1)
+        for number, count in enumerate(counts):
+            count += torch.bincount(index[prompt == number], minlength=len(count))
+    measured = sum(float((c.double() / c.sum() - law).abs().sum() / 2) for c, law in zip(counts, laws))
+    return measured / sum(perfect_variation(law, samples // 2) for law in laws)
 
 
 def perfect_variation(law: Tensor, samples: int, seed: int = 0, repeats: int = 40) -> float:
-    """The mean distance that a perfect sampler with as many samples shows."""
-    import numpy as np
-
+    """The mean total variation that a perfect sampler with as many samples shows."""
     generator = np.random.default_rng(seed)
     probabilities = law.numpy() / law.numpy().sum()
     draws = generator.multinomial(samples, probabilities, size=repeats) / samples
