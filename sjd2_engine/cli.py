@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from . import __version__
 from .errors import ConfigError, PromptError, Sjd2Error
 
 # Newer releases of typer carry click inside, older ones import it: ask typer for the class.
@@ -33,16 +34,34 @@ class _Commands(TyperGroup):
         except UsageError as error:
             command = error.ctx.command_path if error.ctx else "sjd2"
             raise _fail(f"{error.format_message()} (see {command} --help)") from error
+        except OSError as error:
+            # A full disk, a folder taken away: nothing that a traceback would explain better.
+            raise _fail(f"{error.strerror or error}: {error.filename or 'a file or folder'}") from error
 
 
 app = typer.Typer(
     cls=_Commands,
-    help="Several tokens per forward pass for autoregressive text-to-image models.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sjd2-engine {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it and stop.")
+    ] = False,
+) -> None:
+    """Several tokens per forward pass for autoregressive text-to-image models."""
+
 
 Model = Annotated[str, typer.Option(help="Bundled model (scenes, scenes-sjd2), a local folder, or a hub id.")]
 Decoder = Annotated[str, typer.Option(help="ar, jacobi, sjd, coupled or sjd2.")]

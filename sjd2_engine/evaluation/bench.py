@@ -108,8 +108,9 @@ def _turns(plan: Plan, rows: Sequence[Contender]) -> Iterator[tuple[int, tuple[i
 
 def _decode(row: Contender, plan: Plan, cases: Sequence[int]):
     texts, seeds = [plan.cases[i].text for i in cases], [plan.seed + i for i in cases]
+    options = {"max_batch": plan.batch, **dict(row.spec.options)}
     start = time.perf_counter()
-    result = row.engine.generate(texts, decoder=row.spec.decoder, seed=seeds, **dict(row.spec.options))
+    result = row.engine.generate(texts, decoder=row.spec.decoder, seed=seeds, **options)
     return result, time.perf_counter() - start
 
 

@@ -138,6 +138,7 @@ def _score_batch(
     options: dict[str, Any],
 ) -> None:
     seeds = [seed + i for i in chosen]
+    options = {**options, "max_batch": len(chosen)}
     result = engine.generate([cases[i].text for i in chosen], decoder=config.decoder, seed=seeds, **options)
     for i, image, forwards in zip(chosen, result.images, result.stats.forward_passes):
         facts = picture_facts(cases[i].text, seed + i, engine.model_name, config)

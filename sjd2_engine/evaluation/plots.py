@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
 
+from ..files import replace_file
 from .results import BenchResult, DecoderResult
 
 DPI = 150
@@ -50,17 +52,17 @@ _STYLE: Any = {
 
 @contextmanager
 def _figure(path: str | Path, *args: Any, tight: bool = True, **kwargs: Any):
-    """A figure in our style, saved as PNG under a temporary name and renamed, then closed."""
+    """A figure in our style; what the caller drew on it is saved as a PNG, and the figure closed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(*args, **kwargs)
         try:
             yield figure, axes
-            temporary = path.with_name(f".{path.name}.tmp")
             crop: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.15} if tight else {}
-            figure.savefig(temporary, format="png", **crop)
-            temporary.replace(path)
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format="png", **crop)
+            replace_file(path, drawn.getvalue())
         finally:
             plt.close(figure)
 
