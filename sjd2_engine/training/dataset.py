@@ -1,0 +1,106 @@
+"""Encodes drawn pictures once: `python -m sjd2_engine.training.dataset --vq runs/vq/vq.safetensors --out runs/data`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..scenes import tokenizer
+from ..scenes.vq import GRID, SceneVQ
+from .data import draw_chunks
+
+ROW = GRID + 1  # tokens per row with its end-of-line token
+POSITIONS = GRID * ROW
+
+
+def load_vq(path: Path) -> SceneVQ:
+    """The picture tokenizer with the weights of a file, ready for inference."""
+    model = SceneVQ()
+    model.load_state_dict(load_file(path))
+    return model.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def encode_pictures(vq: SceneVQ, pictures: np.ndarray) -> Tensor:
+    """Codes uint8 [M, 256] of pictures uint8 [M, 128, 128, 3]."""
+    codes = []
+    for part in torch.from_numpy(pictures).split(100):
+        pixels = part.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            codes.append(vq.encode(pixels).to(torch.uint8))
+    return torch.cat(codes)
+
+
+def write(vq_path: Path, out: Path, pictures: int, seed: int) -> None:
+    vq = load_vq(vq_path).to(memory_format=torch.channels_last)
+    codes, prompts = [], []
+    for drawn, captions in draw_chunks(pictures, seed, "drawing and encoding"):
+        codes.append(encode_pictures(vq, drawn))
+        prompts += [tokenizer.encode(text) for text in captions]
+    longest = max(map(len, prompts))
+    padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts], dtype=torch.int16)
+    lengths = torch.tensor([len(ids) for ids in prompts], dtype=torch.int16)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({"codes": torch.cat(codes), "prompts": padded, "lengths": lengths}, out / "tokens.safetensors")
+
+
+@dataclass
+class Batch:
+    """Token ids of one batch: prompt int64 [B, P], image with end-of-line tokens int64 [B, 272]."""
+
+    prompt: Tensor
+    image: Tensor
+
+
+class TokenData:
+    """Encoded pictures in memory; a batch holds captions of one length, so that no padding is needed."""
+
+    def __init__(self, folder: Path, validation: int = 512) -> None:
+        stored = load_file(folder / "tokens.safetensors")
+        self.codes, self.prompts, self.lengths = stored["codes"], stored["prompts"], stored["lengths"]
+        self.size = len(self.codes) - validation
+        self.by_length = [torch.nonzero(self.lengths[: self.size] == n)[:, 0] for n in self.lengths.unique()]
+        self.share = torch.tensor([float(len(rows)) for rows in self.by_length])
+
+    def rows(self, index: Tensor, captions: bool = True) -> Batch:
+        length = int(self.lengths[index[0]])
+        prompt = self.prompts[index, :length].long()
+        if not captions:
+            prompt = torch.tensor(tokenizer.encode("")).expand(len(index), -1)
+        lines = self.codes[index].long().view(-1, GRID, GRID)
+        image = torch.nn.functional.pad(lines, (0, 1), value=tokenizer.END_OF_LINE).flatten(1)
+        return Batch(prompt, image)
+
+    def sample(self, size: int, generator: torch.Generator, unconditional: float = 0.1) -> Batch:
+        rows = self.by_length[int(torch.multinomial(self.share, 1, generator=generator))]
+        index = rows[torch.randint(len(rows), (size,), generator=generator)]
+        return self.rows(index, captions=float(torch.rand((), generator=generator)) >= unconditional)
+
+    def validation(self, size: int = 32) -> list[Batch]:
+        """The pictures kept apart, in batches of one caption length."""
+        kept = torch.arange(self.size, len(self.codes))
+        batches = []
+        for length in self.lengths.unique():
+            rows = kept[self.lengths[kept] == length]
+            batches += [self.rows(part) for part in rows.split(size) if len(part)]
+        return batches
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vq", type=Path, default=Path("runs/vq/vq.safetensors"))
+    parser.add_argument("--out", type=Path, default=Path("runs/data"))
+    parser.add_argument("--pictures", type=int, default=120_000)
+    parser.add_argument("--seed", type=int, default=2)
+    args = parser.parse_args()
+    write(args.vq, args.out, args.pictures, args.seed)
+
+
+if __name__ == "__main__":
+    main()
