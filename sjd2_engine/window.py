@@ -209,6 +209,8 @@ class JacobiWindow:
 
     def _bind(self, vocab: int) -> None:
         """Make what depends on V, at the latest with the first logits."""
+        if self.image_vocab is None:
+            self._initial = initial_tokens(self.seeds, self._forced, vocab, self.layout.legal)
         self._bound, self.image_vocab = True, vocab
         ids = vocab if self.plan.tracks_q else 0
         self._q = torch.zeros(self.batch, self.width - 1, ids, device=self.device)

@@ -6,6 +6,8 @@ law must be what a perfect sampler shows, and decoders broken on purpose must st
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -165,7 +167,7 @@ def test_acceptance_numbers_used_twice_are_seen(
 def test_rejections_drawn_from_p_are_seen(model: PrefixModel, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = reference._ratio_scan
 
-    def without_residual(decided: Tensor, open_: Tensor, p: Tensor, drafts: Tensor, q: Tensor, *rest: object):
+    def without_residual(decided: Tensor, open_: Tensor, p: Tensor, drafts: Tensor, q: Tensor, *rest: Any):
         _, run = honest(decided, open_, p, drafts, q, *rest)
         passed = torch.arange(drafts.shape[1]) < run[:, None]
         return torch.cat((torch.where(passed, drafts, decided[:, :-1]), decided[:, -1:]), 1), run

@@ -64,15 +64,14 @@ def philox(
     multiplications of a round run as one: the rows of `a` hold (c0, c2) and swap places in every round,
     those of `b` hold (c3, c1). Products wrap in int64; what lies above 32 bits is cut off once a round.
     """
-    if isinstance(c3, int):
-        c3 = torch.full((), c3, dtype=torch.int64, device=seeds.device)
+    purpose = torch.full((), c3, dtype=torch.int64, device=seeds.device) if isinstance(c3, int) else c3
     even, odd, schedule = _constants(seeds.device)
     ones = (1,) * seeds.dim()
     high = seeds >> 32
     keys = torch.stack((high, seeds, seeds, high)).view(2, 2, *seeds.shape).repeat(5, 1, *ones)
     keys = keys + schedule.view(_ROUNDS, 2, *ones)
-    _, c0, c1, c2, c3 = torch.broadcast_tensors(seeds, c0, c1, c2, c3)
-    a, b = torch.stack((c0, c2)), torch.stack((c3, c1))
+    _, c0, c1, c2, purpose = torch.broadcast_tensors(seeds, c0, c1, c2, purpose)
+    a, b = torch.stack((c0, c2)), torch.stack((purpose, c1))
     multipliers = (even.view(2, *ones), odd.view(2, *ones))
     product = a
     for number, key in enumerate(keys.unbind(0)):
