@@ -64,6 +64,9 @@ def test_opcheck_of_gradients_and_variants() -> None:
         torch.library.opcheck(ops.perturb, (x.requires_grad_(), *rest[:-1], denormalize))
     logits, *rest = arguments("sample_window")
     torch.library.opcheck(ops.sample_window, (logits[0].bfloat16(), *rest[:-1], False))
+    for need_p in (False, True):
+        greedy = [*rest[:4], 1.0, 0.0, *rest[6:-1], need_p]
+        torch.library.opcheck(ops.sample_window, (logits[0].contiguous(), *greedy))
     for rule in (reference.MATCH, reference.COUPLED, reference.PAPER):
         torch.library.opcheck(ops.verify, arguments("verify", rule))
 

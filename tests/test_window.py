@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from typing import Any
@@ -157,6 +158,27 @@ def test_denoising_follows_the_predictions(model: PrefixModel) -> None:
     assert second.levels.tolist() == [[-1, 1, 2]]
     expected = (ratio * old + (1 - ratio) * target) * std + mean
     assert torch.allclose(second.embeds[0, 1], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("trial", range(12))
+def test_any_layout_and_window(trial: int) -> None:
+    """Random layouts, windows, levels and options: `jacobi` and `sjd2` write the tokens of `ar`."""
+    pick = random.Random(trial)
+    vocab, forced = pick.choice([2, 5]), pick.randrange(1, 3)
+    length = pick.randrange(2, 8 if vocab == 2 else 5)
+    entries = [-1, *(pick.choice([-1, -1, *range(vocab, vocab + forced)]) for _ in range(length - 1))]
+    model = PrefixModel(TokenLayout(entries, image_vocab=vocab), vocab, seed=trial)
+    options = {
+        "top_k": pick.choice([0, 2]),
+        "temperature": pick.choice([0.0, 0.7, 1.0]),
+        "denoise_levels": 1 + trial % 3,
+    }
+    prompt, seeds = torch.arange(64) % 2, range(trial, trial + 64)
+    expected = decode(model, DecodeConfig(**options), prompt, seeds).tokens
+    for decoder in ("jacobi", "sjd2"):
+        width, warmup = pick.randrange(1, length + 3), pick.choice(["tokens", "noise"])
+        config = DecodeConfig(decoder=decoder, window=width, warmup=warmup, **options)
+        assert torch.equal(decode(model, config, prompt, seeds).tokens, expected)
 
 
 def test_half_precision_embeddings(model: PrefixModel) -> None:

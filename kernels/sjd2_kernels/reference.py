@@ -107,8 +107,8 @@ def sample_window(
     bad = x.amax(-1).isfinite().logical_not_()
     if temperature == 0.0:
         tokens = x.argmax(-1)
-        p = torch.zeros_like(x).scatter_(-1, tokens.unsqueeze(-1), 1.0) if need_p else x[..., :0]
-        return tokens, p.contiguous(), bad
+        p = x.new_zeros(x.shape if need_p else (batch, window, 0))
+        return tokens, p.scatter_(-1, tokens.unsqueeze(-1), 1.0) if need_p else p, bad
     if temperature != 1.0:
         x = x / temperature
     x = _truncated(x, top_k, top_p)

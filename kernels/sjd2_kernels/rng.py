@@ -32,13 +32,14 @@ _SMALLEST = 2.0**-33  # stands for a uniform of exactly 0
 
 
 @lru_cache(maxsize=8)
-def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Multipliers of even and odd rounds [2] and the key schedule [10, 2], in the order of `philox`."""
+def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Multipliers of even and odd rounds [2] and key schedule [10, 2] in the order of `philox`; 32; mask."""
+    word = torch.tensor(32, device=device), torch.tensor(_MASK, device=device)
     even = torch.tensor([_M0, _M1], device=device)
     step = torch.arange(_ROUNDS, device=device)
     schedule = torch.stack((step * _WEYL1, step * _WEYL0), 1)
     schedule[1::2] = schedule[1::2].flip(1)
-    return even, even.flip(0), schedule
+    return even, even.flip(0), schedule, *word
 
 
 @lru_cache(maxsize=32)
@@ -65,9 +66,9 @@ def philox(
     those of `b` hold (c3, c1). Products wrap in int64; what lies above 32 bits is cut off once a round.
     """
     purpose = torch.full((), c3, dtype=torch.int64, device=seeds.device) if isinstance(c3, int) else c3
-    even, odd, schedule = _constants(seeds.device)
+    even, odd, schedule, bits, mask = _constants(seeds.device)
     ones = (1,) * seeds.dim()
-    high = seeds >> 32
+    high = seeds >> bits
     keys = torch.stack((high, seeds, seeds, high)).view(2, 2, *seeds.shape).repeat(5, 1, *ones)
     keys = keys + schedule.view(_ROUNDS, 2, *ones)
     _, c0, c1, c2, purpose = torch.broadcast_tensors(seeds, c0, c1, c2, purpose)
@@ -76,9 +77,9 @@ def philox(
     product = a
     for number, key in enumerate(keys.unbind(0)):
         product = a * multipliers[number % 2]
-        a = (product >> 32).bitwise_xor_(b).bitwise_xor_(key).bitwise_and_(_MASK)
+        a = (product >> bits).bitwise_xor_(b).bitwise_xor_(key).bitwise_and_(mask)
         b = product.flip(0)
-    product = product & _MASK
+    product = product & mask
     return a[0], product[0], a[1], product[1]
 
 
