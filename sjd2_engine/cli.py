@@ -64,7 +64,7 @@ def _about(
 
 
 Model = Annotated[str, typer.Option(help="Bundled model (scenes, scenes-sjd2), a local folder, or a hub id.")]
-Decoder = Annotated[str, typer.Option(help="ar, jacobi, sjd, coupled or sjd2.")]
+Decoder = Annotated[str | None, typer.Option(help="ar, jacobi, sjd, coupled or sjd2 (default: the model's).")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for everything that is written.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first prompt; prompt i uses seed + i.")]
 Window = Annotated[int | None, typer.Option(help="Slots per forward pass (default: the model family's).")]
@@ -126,7 +126,7 @@ def generate(
     out: Out = Path("out"),
     prompt_file: PromptFile = None,
     model: Model = "scenes-sjd2",
-    decoder: Decoder = "sjd2",
+    decoder: Decoder = None,
     seed: Seed = 0,
     window: Window = None,
     levels: Levels = None,
@@ -201,7 +201,7 @@ def bench(
 @app.command()
 def evaluate(
     model: Model = "scenes-sjd2",
-    decoder: Decoder = "sjd2",
+    decoder: Decoder = None,
     prompts: Annotated[int, typer.Option(help="Number of held-out captions, six categories in turn.")] = 120,
     seed: Seed = 0,
     out: Out = Path("out/evaluate"),
@@ -233,7 +233,7 @@ def evaluate(
     cases = scene_cases(prompts, seed)
     progress = _progress("evaluate", "batch")
     result = scoring.evaluate(engine, cases, decoder, out, seed, batch, options, progress)
-    _table(f"SceneEval of {model}, {decoder}", scoring.HEADERS, result.rows(), 1)
+    _table(f"SceneEval of {model}, {result.settings['decoder']}", scoring.HEADERS, result.rows(), 1)
     typer.echo(result.to_json())
 
 

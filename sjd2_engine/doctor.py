@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ import torch
 import sjd2_kernels.ops  # noqa: F401  (registers torch.ops.sjd2)
 
 from .evaluation import machine
+from .models import bundled_models
 
-WEIGHTS = Path(__file__).parent / "weights"
 # The whole op set: what is not registered yet is done by plain PyTorch code where it is needed.
 OPS = (
     "embed_window",
@@ -57,15 +56,11 @@ def devices() -> list[dict[str, Any]]:
     return [*found, {"device": "cpu", "name": machine.cpu_name(), "cores": os.cpu_count()}]
 
 
-def bundled_models() -> list[dict[str, Any]]:
+def models() -> list[dict[str, Any]]:
     """The models that come with the package, with their size on disk."""
-    folders = sorted(path for path in WEIGHTS.iterdir() if path.is_dir()) if WEIGHTS.is_dir() else []
     return [
-        {
-            "name": folder.name,
-            "mib": round(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20, 1),
-        }
-        for folder in folders
+        {"name": name, "mib": round(sum(file.stat().st_size for file in folder.iterdir()) / 2**20, 1)}
+        for name, folder in bundled_models().items()
     ]
 
 
@@ -84,7 +79,11 @@ def examine() -> dict[str, Any]:
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "devices": devices(),
-        "models": bundled_models(),
+        "models": models(),
+        "attention": {
+            "backend": "sdpa",
+            "why": "PyTorch's scaled_dot_product_attention: the only one so far",
+        },
         "ops": ops,
     }
 
@@ -107,7 +106,8 @@ def show(facts: dict[str, Any]) -> None:
     for model in facts["models"]:
         about.add_row("bundled model", f"{model['name']} ({model['mib']} MiB)")
     if not facts["models"]:
-        about.add_row("bundled model", f"none found in {WEIGHTS}")
+        about.add_row("bundled model", "none found in the package")
+    about.add_row("attention", f"{facts['attention']['backend']} ({facts['attention']['why']})")
     console.print(about)
     ops = Table("op", "device", "backend", "why", title="Ops", title_justify="left")
     for row in facts["ops"]:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import DecodeConfig
-from ..engine import Engine
+from ..engine import Engine, Result
 from ..files import picture_facts, picture_path, save_png, slug
 from ..scenes.scene_eval import Verdict
 from ..scenes.scene_eval import summarise as summarise_verdicts
@@ -106,12 +106,16 @@ def _turns(plan: Plan, rows: Sequence[Contender]) -> Iterator[tuple[int, tuple[i
             shift += 1
 
 
-def _decode(row: Contender, plan: Plan, cases: Sequence[int]):
+def _decode(row: Contender, plan: Plan, cases: Sequence[int]) -> tuple[Result, float]:
     texts, seeds = [plan.cases[i].text for i in cases], [plan.seed + i for i in cases]
     options = {"max_batch": plan.batch, **dict(row.spec.options)}
+    machine.reset_peak_memory()
     start = time.perf_counter()
-    result = row.engine.generate(texts, decoder=row.spec.decoder, seed=seeds, **options)
-    return result, time.perf_counter() - start
+    result = row.engine.generate(texts, row.spec.decoder, seed=seeds, **options)
+    seconds = time.perf_counter() - start
+    if result.failures:
+        raise result.failures[0]
+    return result, seconds
 
 
 def _measure(row: Contender, plan: Plan, repeat: int, cases: tuple[int, ...], out: Path) -> None:
@@ -123,6 +127,7 @@ def _measure(row: Contender, plan: Plan, repeat: int, cases: tuple[int, ...], ou
     if repeat:
         return  # the same seeds again: same pictures
     for i, image, tokens in zip(cases, result.images, result.tokens):
+        assert image is not None  # a failed one has been raised
         case = plan.cases[i]
         row.tokens[i] = tokens.cpu()
         if i < GRID_ROWS:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ..config import DecodeConfig
 from ..engine import Engine
 from ..errors import ConfigError
@@ -105,7 +107,7 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> None:
 def evaluate(
     engine: Engine,
     cases: Sequence[Case],
-    decoder: str,
+    decoder: str | None,
     out: Path,
     seed: int = 0,
     batch: int = 1,
@@ -139,17 +141,14 @@ def _score_batch(
 ) -> None:
     seeds = [seed + i for i in chosen]
     options = {**options, "max_batch": len(chosen)}
-    result = engine.generate([cases[i].text for i in chosen], decoder=config.decoder, seed=seeds, **options)
+    result = engine.generate([cases[i].text for i in chosen], config.decoder, seed=seeds, **options)
+    if result.failures:
+        raise result.failures[0]
     for i, image, forwards in zip(chosen, result.images, result.stats.forward_passes):
+        assert image is not None  # a failed one has been raised
+        verdict = _judged(cases[i], image, engine.model_name)
         facts = picture_facts(cases[i].text, seed + i, engine.model_name, config)
         save_png(image, picture_path(out / "images", i, cases[i].text, seed + i), facts)
-        judge = cases[i].judge
-        verdict = judge(image) if judge else None
-        if verdict is None:
-            raise ConfigError(
-                f"SceneEval cannot judge pictures of '{engine.model_name}' ({image.width}x{image.height}); "
-                "it reads those of the bundled models"
-            )
         record = {
             "index": i,
             "prompt": cases[i].text,
@@ -163,6 +162,16 @@ def _score_batch(
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _judged(case: Case, image: Image.Image, model: str) -> Verdict:
+    verdict = case.judge(image) if case.judge else None
+    if verdict is None:
+        raise ConfigError(
+            f"SceneEval cannot judge pictures of '{model}' ({image.width}x{image.height} pixels); "
+            "it reads those of the bundled models"
+        )
+    return verdict
 
 
 def _summary(engine: Engine, settings: dict[str, Any], records: list[dict[str, Any]]) -> Evaluation:

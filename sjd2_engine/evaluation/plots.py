@@ -158,6 +158,7 @@ def speedup_and_compression(result: BenchResult, path: str | Path) -> None:
                     fontweight="bold" if value is time else "normal",
                     ha="left" if side > 0 else "right",
                     va="center",
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2},
                 )
         axis.axvline(1.0, color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
         axis.text(1.02, len(pairs) - 0.42, "AR", color=SOFT, va="bottom")
@@ -182,36 +183,34 @@ def accepted_per_step(result: BenchResult, path: str | Path) -> None:
     with _figure(path, lines, columns, layout="constrained", **shape) as (figure, grid):
         for axis in grid.flat[len(pairs) :]:
             axis.set_visible(False)
-        for axis, (row, hue) in zip(grid.flat, pairs):
-            _histogram(axis, row, hue)
-        grid[0, 0].set_ylim(top=1.12 * grid[0, 0].get_ylim()[1])  # room for the mean above the tallest bar
+        ends = [_histogram(axis, row, hue) for axis, (row, hue) in zip(grid.flat, pairs)]
         for axis in grid[:, 0]:
             axis.set_ylabel("share of steps")
-        for column in range(columns):
-            shown = [grid[line, column] for line in range(lines) if line * columns + column < len(pairs)]
-            if shown:
-                shown[-1].set_xlabel("tokens accepted in one step")
-                shown[-1].tick_params(labelbottom=True)
+        # One scale for all panels, with room for the mean above the tallest bar.
+        grid[0, 0].set_xlim(0.4, max(ends, default=4) + 0.6)
+        grid[0, 0].set_ylim(top=1.12 * grid[0, 0].get_ylim()[1])
+        figure.supxlabel("tokens accepted in one step", fontsize=9.5, color=SOFT)
         _heading(figure, "Tokens accepted per forward pass", _where(result), inches=0.12)
 
 
-def _histogram(axis, row: DecoderResult, hue: str, keep: float = 0.995) -> None:
-    """Shares of steps by tokens accepted; the longest half percent of the steps is left out of sight."""
+def _histogram(axis, row: DecoderResult, hue: str, keep: float = 0.995) -> int:
+    """Shares of steps by tokens accepted, the longest half percent left out; returns the last bar shown."""
     counts = {int(k): v for k, v in row.accepted_per_step.items()}
     most, total = max(counts), sum(counts.values())
     heights = np.array([counts.get(k, 0) for k in range(most + 1)]) / max(total, 1)
     mean = float((np.arange(most + 1) * heights).sum())
-    end = max(int(np.searchsorted(np.cumsum(heights), keep)), 4)
-    axis.bar(np.arange(min(end, most) + 1)[1:], heights[1 : end + 1], color=hue, width=0.82)
+    end = min(int(np.searchsorted(np.cumsum(heights), keep)), most)
+    axis.bar(np.arange(1, end + 1), heights[1 : end + 1], color=hue, width=0.82)
     axis.axvline(mean, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
     axis.text(mean, 0.97, f"  mean {mean:.2f}", transform=axis.get_xaxis_transform(), fontsize=9, va="top")
     axis.set_title(row_label(row, " · "), fontsize=9.5)
-    axis.set_xlim(left=0.4)
     axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axis.grid(axis="y", color=RULE, linewidth=0.8)
     axis.spines["left"].set_visible(False)
     axis.tick_params(axis="y", colors=SOFT)
+    axis.tick_params(axis="x", labelbottom=True)
+    return end
 
 
 def _wrapped(text: str, width: int) -> str:

@@ -131,7 +131,7 @@ def to_markdown(result: BenchResult, notes: Iterable[str] = (), figures: Iterabl
         "- compression: tokens per image over forward passes per image. Latency: median of whole decodes"
         " (text in, picture out), decoders taking turns on the same prompts and seeds, after warm-up.",
         "- speed-up: median AR latency over this decoder's, both on the same weights.",
-        "- memory: the most held at once: on CUDA by torch, on a CPU by the whole process.",
+        "- memory: the most held during a decode: on CUDA by torch, on a CPU by the whole process.",
         *(f"- {note}" for note in notes),
         "",
         f"Versions: {versions}.",

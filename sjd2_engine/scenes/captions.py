@@ -6,7 +6,21 @@ import zlib
 
 import numpy as np
 
-from .world import CATEGORIES, COLOURS, NUMBERS, PLURALS, RELATIONS, SHAPES, SIDE, TEXTURES, TONES, Item, Phrase, Prompt, Scene
+from .world import (
+    CATEGORIES,
+    COLOURS,
+    NUMBERS,
+    PLURALS,
+    RELATIONS,
+    SHAPES,
+    SIDE,
+    TEXTURES,
+    TONES,
+    Item,
+    Phrase,
+    Prompt,
+    Scene,
+)
 
 GRID = 4  # centres lie on a grid of this many pixels: half a token
 MARGIN = 4  # pixels between things, and between a thing and the border

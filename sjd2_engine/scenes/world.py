@@ -17,9 +17,20 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "pink": (250, 112, 190),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses", "ring": "rings"}
+PLURALS = {
+    "circle": "circles",
+    "square": "squares",
+    "triangle": "triangles",
+    "star": "stars",
+    "cross": "crosses",
+    "ring": "rings",
+}
 RADII = {"small": 12, "medium": 18, "large": 28}  # pixels; "medium" is never said
-TONES: dict[str, tuple[int, int]] = {"white": (248, 222), "grey": (168, 142), "black": (22, 54)}  # ground, pattern
+TONES: dict[str, tuple[int, int]] = {
+    "white": (248, 222),
+    "grey": (168, 142),
+    "black": (22, 54),
+}  # ground, pattern
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
 RELATIONS = ("left of", "right of", "above", "below")
@@ -70,3 +81,12 @@ class Prompt:
     relation: str | None = None  # of the first phrase to the second
     texture: str | None = None
     tone: str | None = None
+
+
+WORDS: tuple[str, ...] = tuple(  # of all captions, in the order of their ids
+    dict.fromkeys(
+        ["a", "an", "and", "on", "background", "small", "large"]
+        + [word for relation in RELATIONS for word in relation.split()]
+        + [*NUMBERS, *COLOURS, *SHAPES, *PLURALS.values(), *TEXTURES, *TONES]
+    )
+)

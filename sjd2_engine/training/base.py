@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..scenes import tokenizer
-from ..scenes.vq import CODES
+from ..models.scenes import FIRST_WORD
+from ..models.scenes_vq import CODES
+from ..scenes.world import WORDS
 from ..transformer import Transformer, TransformerConfig
 from .dataset import POSITIONS, Batch, TokenData
 from .loop import Trainer
@@ -30,7 +31,7 @@ SCENES = TransformerConfig(
 
 def scenes_model(seed: int) -> Transformer:
     """The bundled model's decoder with fresh weights."""
-    model = Transformer(SCENES, tokenizer.VOCABULARY, CODES)
+    model = Transformer(SCENES, FIRST_WORD + len(WORDS), CODES)
     model.initialise(seed)
     return model
 
@@ -59,7 +60,9 @@ def clean_logits(model: Transformer, batch: Batch) -> Tensor:
 def validation_loss(model: Transformer, data: TokenData) -> float:
     """Mean cross-entropy over the pictures kept apart, nats per free token."""
     batches = data.validation()
-    total = sum(float(image_loss(clean_logits(model, batch), batch.image)) * len(batch.image) for batch in batches)
+    total = sum(
+        float(image_loss(clean_logits(model, batch), batch.image)) * len(batch.image) for batch in batches
+    )
     return total / sum(len(batch.image) for batch in batches)
 
 

@@ -11,12 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..scenes import tokenizer
-from ..scenes.vq import GRID, SceneVQ
+from ..models.scenes import BEGIN, BEGIN_IMAGE, END_OF_LINE, FIRST_WORD, MAX_WORDS
+from ..models.scenes_vq import GRID, SceneVQ
+from ..models.words import WordTokenizer
+from ..scenes.world import WORDS
 from .data import draw_chunks
 
 ROW = GRID + 1  # tokens per row with its end-of-line token
 POSITIONS = GRID * ROW
+TOKENIZER = WordTokenizer(WORDS, FIRST_WORD, MAX_WORDS)
+
+
+def prompt_ids(text: str) -> list[int]:
+    """Embedding rows of a caption; "" is the unconditional prompt."""
+    return [BEGIN, *TOKENIZER.encode(text), BEGIN_IMAGE]
 
 
 def load_vq(path: Path) -> SceneVQ:
@@ -31,7 +39,13 @@ def encode_pictures(vq: SceneVQ, pictures: np.ndarray) -> Tensor:
     """Codes uint8 [M, 256] of pictures uint8 [M, 128, 128, 3]."""
     codes = []
     for part in torch.from_numpy(pictures).split(100):
-        pixels = part.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous(memory_format=torch.channels_last)
+        pixels = (
+            part.permute(0, 3, 1, 2)
+            .float()
+            .div_(127.5)
+            .sub_(1.0)
+            .contiguous(memory_format=torch.channels_last)
+        )
         with torch.autocast("cpu", torch.bfloat16):
             codes.append(vq.encode(pixels).to(torch.uint8))
     return torch.cat(codes)
@@ -42,7 +56,7 @@ def write(vq_path: Path, out: Path, pictures: int, seed: int) -> None:
     codes, prompts = [], []
     for drawn, captions in draw_chunks(pictures, seed, "drawing and encoding"):
         codes.append(encode_pictures(vq, drawn))
-        prompts += [tokenizer.encode(text) for text in captions]
+        prompts += [prompt_ids(text) for text in captions]
     longest = max(map(len, prompts))
     padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts], dtype=torch.int16)
     lengths = torch.tensor([len(ids) for ids in prompts], dtype=torch.int16)
@@ -72,9 +86,9 @@ class TokenData:
         length = int(self.lengths[index[0]])
         prompt = self.prompts[index, :length].long()
         if not captions:
-            prompt = torch.tensor(tokenizer.encode("")).expand(len(index), -1)
+            prompt = torch.tensor(prompt_ids("")).expand(len(index), -1)
         lines = self.codes[index].long().view(-1, GRID, GRID)
-        image = torch.nn.functional.pad(lines, (0, 1), value=tokenizer.END_OF_LINE).flatten(1)
+        image = torch.nn.functional.pad(lines, (0, 1), value=END_OF_LINE).flatten(1)
         return Batch(prompt, image)
 
     def sample(self, size: int, generator: torch.Generator, unconditional: float = 0.1) -> Batch:

@@ -21,10 +21,15 @@ LOG_EVERY = 25  # steps
 class Trainer:
     """AdamW with a cosine schedule over wall-clock minutes; `run` continues from `out/state.pt` if it is there."""
 
-    def __init__(self, model: nn.Module, out: Path, minutes: float, rate: float, weight_decay: float, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, out: Path, minutes: float, rate: float, weight_decay: float, seed: int
+    ) -> None:
         matrices = [weight for weight in model.parameters() if weight.dim() == 2]
         vectors = [weight for weight in model.parameters() if weight.dim() != 2]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         self.optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
         self.model, self.out, self.seconds, self.rate = model, out, minutes * 60, rate
         self.generator = torch.Generator().manual_seed(seed)
@@ -32,7 +37,11 @@ class Trainer:
 
     def _learning_rate(self) -> float:
         share = min(1.0, self.spent / self.seconds)
-        return self.rate * min(1.0, (self.step + 1) / WARMUP_STEPS) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+        return (
+            self.rate
+            * min(1.0, (self.step + 1) / WARMUP_STEPS)
+            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+        )
 
     def _save(self) -> None:
         state = {
@@ -53,7 +62,11 @@ class Trainer:
         self.generator.set_state(state["generator"])
         self.step, self.spent = state["step"], state["spent"]
 
-    def run(self, loss_of: Callable[[torch.Generator], tuple[Tensor, dict[str, float]]], report: Callable[[], dict]) -> None:
+    def run(
+        self,
+        loss_of: Callable[[torch.Generator], tuple[Tensor, dict[str, float]]],
+        report: Callable[[], dict],
+    ) -> None:
         """Trains until the time is spent; `loss_of` draws a batch and gives its loss, `report` the final figures."""
         self.out.mkdir(parents=True, exist_ok=True)
         self._resume()
@@ -75,13 +88,19 @@ class Trainer:
                 sums.setdefault(name, []).append(value)
             if self.step % LOG_EVERY == 0:
                 self._log(sums)
-                bar.set_postfix({name: f"{sum(v) / len(v):.3f}" for name, v in sums.items()}, step=self.step, refresh=False)
+                bar.set_postfix(
+                    {name: f"{sum(v) / len(v):.3f}" for name, v in sums.items()},
+                    step=self.step,
+                    refresh=False,
+                )
                 bar.update(round(self.spent) - bar.n)
                 sums = {}
             if self.step % SAVE_EVERY == 0:
                 self._save()
         self._save()
-        (self.out / "report.json").write_text(json.dumps({"steps": self.step, "seconds": round(self.spent), **report()}, indent=1))
+        (self.out / "report.json").write_text(
+            json.dumps({"steps": self.step, "seconds": round(self.spent), **report()}, indent=1)
+        )
 
     def _log(self, sums: dict[str, list[float]]) -> None:
         line = {"step": self.step, "seconds": round(self.spent), "rate": self._learning_rate()}

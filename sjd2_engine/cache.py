@@ -1,0 +1,86 @@
+"""Static key/value cache: one length per row, rollback by moving lengths, timestep keys in front."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .attention import masked_attention
+from .transformer import Transformer, TransformerConfig
+
+
+class StaticCache:
+    """Keys and values [layers, R, S, Hkv, d] allocated once; `lengths` int32 [R] says how many of a row are valid.
+
+    Entries beyond a row's length are stale: never attended to, overwritten by the next pass. To roll back is
+    to leave `lengths` where they are. The first `levels` slots hold the timestep keys, one per noise level:
+    each noisy query sees the one of its own level, clean queries see none (SJD2, arXiv 2510.08994).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        rows: int,
+        capacity: int,
+        levels: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (
+            config.num_hidden_layers,
+            rows,
+            levels + capacity,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(rows, device=device, dtype=torch.int32)
+        self.levels, self.capacity = levels, capacity
+
+    def write_timesteps(self, model: Transformer, encodings: Tensor) -> None:
+        """Fill the timestep slots; encodings [K, D]. Such a token sees only itself and stands at position 0,
+        so its keys and values are constants of the weights."""
+
+        def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.keys[layer, :, : self.levels] = k
+            self.values[layer, :, : self.levels] = v
+            return v.repeat_interleave(q.shape[2] // v.shape[2], 2)  # softmax over a single key
+
+        embeds = encodings[None].to(self.keys.dtype)
+        model(embeds, torch.zeros(self.levels, dtype=torch.int64, device=embeds.device), keep)
+
+    def forward(self, model: Transformer, embeds: Tensor, levels: Tensor | None = None) -> Tensor:
+        """Hidden states [R, T, D] of embeds [R, T, D], appended behind each row's valid entries.
+
+        levels int32 [R, T]: noise level of each input, -1 = clean; None = all clean. `lengths` do not move.
+        """
+        rows, width = embeds.shape[:2]
+        steps = torch.arange(width, device=embeds.device)
+        positions = self.lengths[:, None] + steps
+        # On the CPU reading a number costs nothing, and a short cache is read faster than a masked long one.
+        depth = int(self.lengths.max()) + width if embeds.device.type == "cpu" else self.capacity
+        total = self.keys.shape[2]
+        target = torch.arange(0, rows * total, total, device=embeds.device)[:, None] + self.levels + positions
+        target = target.flatten().long()
+        mask = self._mask(positions, levels, depth, embeds.dtype)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self.keys[layer], self.values[layer]
+            keys.view(-1, *k.shape[2:]).index_copy_(0, target, k.flatten(0, 1))
+            values.view(-1, *v.shape[2:]).index_copy_(0, target, v.flatten(0, 1))
+            end = self.levels + depth
+            return masked_attention(q, keys[:, :end], values[:, :end], mask)
+
+        return model(embeds, positions, attend)
+
+    def _mask(self, positions: Tensor, levels: Tensor | None, depth: int, dtype: torch.dtype) -> Tensor:
+        hidden = torch.arange(depth, device=positions.device) > positions[:, :, None]
+        if self.levels:
+            own = torch.arange(self.levels, device=positions.device)
+            blind = torch.ones_like(own, dtype=torch.bool).expand(*positions.shape, -1)
+            other = blind if levels is None else levels[:, :, None] != own
+            hidden = torch.cat([other, hidden], 2)
+        return torch.zeros(hidden.shape, device=positions.device, dtype=dtype).masked_fill_(
+            hidden, float("-inf")
+        )[:, None]
