@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import sjd2_engine
@@ -180,6 +181,28 @@ def test_damaged_weights_are_named(damage: str, tmp_path: Path) -> None:
         file.unlink()
     assert_refused(sjd2("generate", PROMPT, "--model", model, "-o", tmp_path / "out"), file.name)
     assert not files_in(tmp_path / "out")
+
+
+@needs_model
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_picture_that_fails_is_named_and_the_others_are_written(batch: int, tmp_path: Path) -> None:
+    model = shutil.copytree(WEIGHTS / "scenes-sjd2", tmp_path / "model")
+    words = json.loads((model / "config.json").read_text())["words"]
+    tensors = load_file(model / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    table[len(table) - len(words) + words.index("star")] = float("nan")
+    save_file(tensors, model / "model.safetensors")
+    out = tmp_path / "out"
+    result = sjd2(
+        "generate", "a red ring", "a blue star", "a green cross", "--model", model, "-o", out,
+        "--decoder", "jacobi", "--max-batch", batch,
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert [path.name[:3] for path in files_in(out)] == ["000", "002"]
+    assert "001_a-blue-star_seed1.png" in result.stderr and len(result.stderr.splitlines()) == 1
+    alone = sjd2("generate", "a blue star", "--model", model, "-o", tmp_path / "none", "--decoder", "sjd2")
+    assert_refused(alone, "000_a-blue-star_seed0.png", "NaN")
+    assert not files_in(tmp_path / "none")
 
 
 # ------------------------------------------------------------------ bench and evaluate
