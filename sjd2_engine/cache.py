@@ -81,6 +81,6 @@ class StaticCache:
             blind = torch.ones_like(own, dtype=torch.bool).expand(*positions.shape, -1)
             other = blind if levels is None else levels[:, :, None] != own
             hidden = torch.cat([other, hidden], 2)
-        return torch.zeros(hidden.shape, device=positions.device, dtype=dtype).masked_fill_(
-            hidden, float("-inf")
-        )[:, None]
+        return torch.zeros(hidden.shape, device=positions.device, dtype=dtype).masked_fill_(hidden, float("-inf"))[
+            :, None
+        ]

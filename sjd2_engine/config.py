@@ -94,9 +94,7 @@ class DecodeConfig:
         if isinstance(self.seed, int):
             return [(self.seed + index) % (MAX_SEED + 1) for index in range(count)]
         if len(self.seed) != count:
-            raise ConfigError(
-                f"seed has {len(self.seed)} entries for {count} images; give one int, or one each"
-            )
+            raise ConfigError(f"seed has {len(self.seed)} entries for {count} images; give one int, or one each")
         return list(self.seed)
 
     @classmethod
@@ -135,9 +133,7 @@ class DecodeConfig:
         value = getattr(self, name)
         good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if good:
-            good = (low < value if open_below else low <= value) and (
-                value < high if open_above else value <= high
-            )
+            good = (low < value if open_below else low <= value) and (value < high if open_above else value <= high)
         if not good:
             left, right = "(" if open_below else "[", ")" if open_above else "]"
             raise ConfigError(f"{name}={value!r}: expected a finite number in {left}{low:g}, {high:g}{right}")
@@ -169,6 +165,4 @@ def _check_names(options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1, cutoff=0.0)
-            raise ConfigError(
-                f"unknown option {name!r}; did you mean {close[0]!r}? All options: {', '.join(known)}"
-            )
+            raise ConfigError(f"unknown option {name!r}; did you mean {close[0]!r}? All options: {', '.join(known)}")

@@ -71,9 +71,7 @@ class StepEvent:
 class Decode:
     """A batch of images on its way: the window, the cache and the model between them."""
 
-    def __init__(
-        self, model: ImageModel, config: DecodeConfig, prompts: Sequence[str], seeds: Sequence[int]
-    ) -> None:
+    def __init__(self, model: ImageModel, config: DecodeConfig, prompts: Sequence[str], seeds: Sequence[int]) -> None:
         transformer = model.transformer
         embedding = transformer.embedding
         self.model, self.transformer, self.batch = model, transformer, len(prompts)
@@ -278,9 +276,7 @@ def _device(name: str) -> torch.device:
     except RuntimeError:
         raise ConfigError(f"device={name!r}: expected 'auto', 'cpu' or 'cuda'") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(
-            f"device={name!r} was asked for, but PyTorch {torch.__version__} sees no CUDA device here"
-        )
+        raise BackendError(f"device={name!r} was asked for, but PyTorch {torch.__version__} sees no CUDA device here")
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device={name!r}: expected 'auto', 'cpu' or 'cuda'")
     return device
@@ -292,9 +288,7 @@ def _pictures(model: ImageModel, tokens: Tensor) -> list[Image.Image]:
 
 def _failures(window: JacobiWindow, first: int) -> list[NumericalError]:
     found = []
-    for row, (position, step) in enumerate(
-        zip(window.failed.tolist(), window.failed_step.tolist(), strict=True)
-    ):
+    for row, (position, step) in enumerate(zip(window.failed.tolist(), window.failed_step.tolist(), strict=True)):
         if position >= 0:
             message = (
                 f"NaN or infinite logits: image {first + row}, step {step}, position {position}; "

@@ -52,16 +52,12 @@ class TokenLayout:
                     f"structure tokens have local ids from {vocab}"
                 )
         if vocab == 0:
-            raise ConfigError(
-                "forced holds 0, which is an image id: structure tokens come after the image ids"
-            )
+            raise ConfigError("forced holds 0, which is an image id: structure tokens come after the image ids")
         if self.legal is not None:
             first, end = self.legal if len(self.legal) == 2 else (0, 0)
             if not 0 <= first < end <= (vocab or end):
                 bound = vocab or "V"
-                raise ConfigError(
-                    f"legal={self.legal}: expected (first, end) with 0 <= first < end <= {bound}"
-                )
+                raise ConfigError(f"legal={self.legal}: expected (first, end) with 0 <= first < end <= {bound}")
 
     @classmethod
     def raster(
@@ -109,9 +105,7 @@ class TokenLayout:
     def all_tokens(self, image_tokens: Tensor) -> Tensor:
         """Put the forced tokens in: [B, image_count] → [B, N]."""
         if image_tokens.dim() != 2 or image_tokens.shape[1] != self.image_count:
-            raise ConfigError(
-                f"image tokens have shape {tuple(image_tokens.shape)}: expected [B, {self.image_count}]"
-            )
+            raise ConfigError(f"image tokens have shape {tuple(image_tokens.shape)}: expected [B, {self.image_count}]")
         tokens = torch.tensor(self.forced, dtype=image_tokens.dtype, device=image_tokens.device)
         tokens = tokens.repeat(image_tokens.shape[0], 1)
         tokens[:, torch.tensor(self.image_positions, device=tokens.device)] = image_tokens

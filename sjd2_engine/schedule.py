@@ -19,9 +19,7 @@ CLEAN = -1  # the level of a token without noise
 def noise_times(levels: int, t_min: float = 0.05, rho: float = 7.0) -> Tensor:
     """Karras-spaced times t f32 [levels], rising from `t_min` to 1 (Karras et al. 2022, Eq. 5)."""
     if levels < 1 or not 0.0 < t_min < 1.0 or rho <= 0.0:
-        raise ConfigError(
-            f"levels={levels}, t_min={t_min}, rho={rho}: expected levels >= 1, 0 < t_min < 1 and rho > 0"
-        )
+        raise ConfigError(f"levels={levels}, t_min={t_min}, rho={rho}: expected levels >= 1, 0 < t_min < 1 and rho > 0")
     if levels == 1:
         return torch.ones(1)
     ramp = torch.linspace(0.0, 1.0, levels, dtype=torch.float64)

@@ -192,9 +192,7 @@ class JacobiWindow:
         if not self.plan.noisy:
             return
         if self._embedding is None or self.image_vocab is None:
-            raise ConfigError(
-                "decoder='sjd2' denoises embeddings: pass `embedding` [V+F, D] and `start_embeds` [B, D]"
-            )
+            raise ConfigError("decoder='sjd2' denoises embeddings: pass `embedding` [V+F, D] and `start_embeds` [B, D]")
         self._mean, self._std = embedding_statistics(self._embedding, self.image_vocab)
         self.times = noise_times(self.config.denoise_levels, self.config.t_min).to(self.device)
         self._ratios = refine_ratios(self.times)
@@ -265,9 +263,7 @@ def _image_vocab(layout: TokenLayout, embedding: Tensor | None) -> int | None:
     if embedding is None:
         return vocab
     if embedding.dim() != 2 or not embedding.is_floating_point():
-        raise ConfigError(
-            f"embedding is {embedding.dtype} {tuple(embedding.shape)}: expected floats [V+F, D]"
-        )
+        raise ConfigError(f"embedding is {embedding.dtype} {tuple(embedding.shape)}: expected floats [V+F, D]")
     rows = embedding.shape[0]
     needed = max(max(layout.forced) + 1, vocab or 1)
     if rows < needed:
@@ -282,16 +278,12 @@ def _seed_tensor(
     config: DecodeConfig, seeds: Sequence[int] | Tensor | None, start: Tensor | None, device: torch.device
 ) -> Tensor:
     if seeds is None:
-        count = (
-            start.shape[0] if start is not None else 1 if isinstance(config.seed, int) else len(config.seed)
-        )
+        count = start.shape[0] if start is not None else 1 if isinstance(config.seed, int) else len(config.seed)
         values = config.seeds(count)
     else:
         values = [int(value) for value in seeds]
     if not values or any(not 0 <= value <= MAX_SEED for value in values):
-        raise ConfigError(
-            f"seeds={values}: expected one integer from 0 to 2**63 - 1 per row, for at least one row"
-        )
+        raise ConfigError(f"seeds={values}: expected one integer from 0 to 2**63 - 1 per row, for at least one row")
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 

@@ -160,9 +160,7 @@ def test_generate_goes_on_where_it_stopped(tmp_path: Path) -> None:
         ([PROMPT, "--model", "scenes", "--decoder", "sjd2"], ["finetune"]),
     ],
 )
-def test_generate_refuses_in_one_line_and_writes_nothing(
-    args: list, words: list[str], tmp_path: Path
-) -> None:
+def test_generate_refuses_in_one_line_and_writes_nothing(args: list, words: list[str], tmp_path: Path) -> None:
     result = sjd2("generate", *args, "-o", tmp_path)
     assert_refused(result, *words)
     assert not files_in(tmp_path)

@@ -99,9 +99,7 @@ def test_seeds_per_image() -> None:
 
 
 def test_derived_properties() -> None:
-    assert (
-        DecodeConfig(decoder="ar", window=9).width == 1 and DecodeConfig(decoder="sjd", window=9).width == 9
-    )
+    assert DecodeConfig(decoder="ar", window=9).width == 1 and DecodeConfig(decoder="sjd", window=9).width == 9
     assert DecodeConfig(decoder="sjd2").exact and DecodeConfig(decoder="sjd2").uses_noise
     assert not DecodeConfig(decoder="sjd2", verification="paper").exact
     assert DecodeConfig(decoder="jacobi", verification="paper").exact

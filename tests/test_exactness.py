@@ -120,11 +120,7 @@ class StaleQ(JacobiWindow):
         source = result.accepted[:, None] + torch.arange(drafts.shape[1])
         inside = source < drafts.shape[1]
         source = source.clamp(max=drafts.shape[1] - 1).long()
-        kept = (
-            inside
-            & (drafts.gather(1, source) == self._drafts)
-            & (status.gather(1, source) == reference.TRACKED)
-        )
+        kept = inside & (drafts.gather(1, source) == self._drafts) & (status.gather(1, source) == reference.TRACKED)
         old = q.gather(1, source[..., None].expand_as(q))
         self._q.copy_(torch.where(kept[..., None], old, self._q))
         return result
@@ -135,9 +131,7 @@ def test_stale_q_is_seen(model: PrefixModel) -> None:
     assert law_distance(model, config, window_class=StaleQ) > 1.5
 
 
-def test_residual_sharing_the_drafts_noise_is_seen(
-    model: PrefixModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_residual_sharing_the_drafts_noise_is_seen(model: PrefixModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def shared(seeds: Tensor, positions: Tensor, iteration: Tensor, count: int) -> tuple[Tensor, Tensor]:
         u, _ = honest(seeds, positions, iteration, count)
         return u, rng.gumbel(seeds, positions, 0, rng.SAMPLE, count)
@@ -155,9 +149,7 @@ def test_noise_shared_by_positions_is_seen(model: PrefixModel, monkeypatch: pyte
     assert law_distance(model, DecodeConfig(decoder="sjd", window=3)) > 1.5
 
 
-def test_acceptance_numbers_used_twice_are_seen(
-    long_model: PrefixModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_acceptance_numbers_used_twice_are_seen(long_model: PrefixModel, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = rng.acceptance_draws
     monkeypatch.setattr(rng, "acceptance_draws", lambda s, p, iteration, n: honest(s, p, iteration * 0, n))
     config = DecodeConfig(decoder="coupled", coupling="maximal", window=4)

@@ -82,9 +82,7 @@ def test_embed_window() -> None:
     assert torch.allclose(got[:, 3], noisy[:, 2] * std + mean)
     half = ops.embed_window(tokens, levels, table.bfloat16(), start.bfloat16(), noisy, mean, std)
     assert half.dtype == torch.bfloat16 and torch.equal(half[0, 1], table[1].bfloat16())
-    assert torch.equal(
-        ops.embed_window(tokens, levels, table, start, None, None, None)[1, 1:3], table[[5, 0]]
-    )
+    assert torch.equal(ops.embed_window(tokens, levels, table, start, None, None, None)[1, 1:3], table[[5, 0]])
 
 
 def test_perturb() -> None:
@@ -98,9 +96,7 @@ def test_perturb() -> None:
     assert torch.allclose(some, 0.7 * clean + 0.3 * noise, atol=1e-6)
     back = ops.perturb(x, levels, positions, seeds, mean, std, times, epoch, True)
     assert torch.equal(back[:, :3], x[:, :3]) and torch.allclose(back[:, 3], noise[:, 3] * std + mean)
-    assert not torch.equal(
-        some, ops.perturb(x, torch.zeros_like(levels), positions, seeds, mean, std, times, 1, False)
-    )
+    assert not torch.equal(some, ops.perturb(x, torch.zeros_like(levels), positions, seeds, mean, std, times, 1, False))
 
 
 def test_perturb_has_the_gradient_of_its_formula() -> None:
@@ -249,9 +245,7 @@ def test_bad_slots_end_the_row_but_not_where_a_token_is_forced(rule: int) -> Non
 def test_match_stops_at_the_first_difference_and_keeps_the_new_draw() -> None:
     decided, accepted, _, _ = verify(reference.MATCH, drafts=torch.tensor([[0, 2, 2]]))
     assert decided.tolist() == [[0, 1, 2, 1]] and accepted.item() == 2
-    assert (
-        verify(reference.MATCH, levels=i32(-1, 0, -1)[None])[1].item() == 2
-    )  # noisy: equal, but not accepted
+    assert verify(reference.MATCH, levels=i32(-1, 0, -1)[None])[1].item() == 2  # noisy: equal, but not accepted
 
 
 def test_ratio_replaces_the_first_rejected_by_the_residual() -> None:

@@ -103,9 +103,7 @@ def test_draws_do_not_depend_on_row_or_slot() -> None:
     together = rng.gumbel(seeds, positions, 0, rng.SAMPLE, 9)
     for row in range(3):
         for slot in range(4):
-            alone = rng.gumbel(
-                seeds[row : row + 1], positions[row : row + 1, slot : slot + 1], 0, rng.SAMPLE, 9
-            )
+            alone = rng.gumbel(seeds[row : row + 1], positions[row : row + 1, slot : slot + 1], 0, rng.SAMPLE, 9)
             assert torch.equal(together[row, slot], alone[0, 0])
 
 
@@ -119,10 +117,7 @@ def test_distributions() -> None:
     assert abs(g.mean() - 0.5772157) < 0.012 and abs(g.var() - math.pi**2 / 6) < 0.03
     assert abs(z.mean()) < 0.01 and abs(z.var() - 1) < 0.015 and abs((z**4).mean() - 3) < 0.12
     assert bool(g.isfinite().all()) and bool(z.isfinite().all())
-    assert (
-        abs(torch.corrcoef(torch.stack((z[..., 0:1000:2].flatten(), z[..., 1:1001:2].flatten())))[0, 1])
-        < 0.015
-    )
+    assert abs(torch.corrcoef(torch.stack((z[..., 0:1000:2].flatten(), z[..., 1:1001:2].flatten())))[0, 1]) < 0.015
 
 
 def test_gumbel_at_the_ends() -> None:

@@ -109,9 +109,7 @@ def true_of(prompt: Prompt, scene: Scene) -> bool:
         [
             item
             for item in scene.items
-            if item.shape == phrase.shape
-            and phrase.colour in (None, item.colour)
-            and phrase.size in (None, item.size)
+            if item.shape == phrase.shape and phrase.colour in (None, item.colour) and phrase.size in (None, item.size)
         ]
         for phrase in prompt.phrases
     ]
@@ -304,9 +302,7 @@ def test_counts_are_exact_only_in_counting():
 
 def test_relation_is_explained():
     items = (Item("circle", "red", "medium", 32, 64), Item("star", "blue", "medium", 96, 64))
-    prompt = ask(
-        "a circle right of a star", Phrase("circle"), Phrase("star"), category="position", relation="right of"
-    )
+    prompt = ask("a circle right of a star", Phrase("circle"), Phrase("star"), category="position", relation="right of")
     verdict = score(render(Scene(items, "plain", "grey")), prompt)
     assert not verdict.correct and "the circle is not right of the star" in verdict.reason
     assert score(render(Scene(items, "plain", "grey")), replace(prompt, relation="left of")).correct

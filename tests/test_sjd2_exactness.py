@@ -42,9 +42,7 @@ def test_the_toy_reacts_to_noise(model: PrefixModel) -> None:
 @pytest.mark.parametrize("warmup", ["tokens", "noise"])
 @pytest.mark.parametrize("levels", [1, 2, 4])
 @pytest.mark.parametrize("window", [1, 2, 4, 8])
-def test_match_writes_the_tokens_of_ar(
-    long_model: PrefixModel, window: int, levels: int, warmup: str
-) -> None:
+def test_match_writes_the_tokens_of_ar(long_model: PrefixModel, window: int, levels: int, warmup: str) -> None:
     prompt = torch.arange(2048) % 2
     expected = decode(long_model, DecodeConfig(), prompt, range(2048))
     config = DecodeConfig(decoder="sjd2", window=window, denoise_levels=levels, warmup=warmup)
@@ -84,9 +82,7 @@ def test_ratio_with_truncation(model: PrefixModel) -> None:
 
 @pytest.mark.parametrize("coupling", ["none", "gumbel"])
 @pytest.mark.parametrize("window, levels", [(2, 1), (4, 2), (8, 3), (1, 4)])
-def test_paper_keeps_the_cache_clean(
-    long_model: PrefixModel, window: int, levels: int, coupling: str
-) -> None:
+def test_paper_keeps_the_cache_clean(long_model: PrefixModel, window: int, levels: int, coupling: str) -> None:
     """`decode` checks after every step that kept entries were fed clean: also those accepted while noisy."""
     prompt = torch.arange(2048) % 2
     config = DecodeConfig(

@@ -55,9 +55,7 @@ def test_contract(model: PrefixModel, case: dict) -> None:
     config = DecodeConfig(window=3, **case)
     prompt = torch.tensor([0, 1, 0])
     kv_lengths = torch.tensor([9, 8, 7, 3, 3, 3], dtype=torch.int32)
-    window = JacobiWindow(
-        config, LAYOUT, model.embedding, model.starts[prompt], seeds=[1, 2, 3], kv_lengths=kv_lengths
-    )
+    window = JacobiWindow(config, LAYOUT, model.embedding, model.starts[prompt], seeds=[1, 2, 3], kv_lengths=kv_lengths)
     model.begin(prompt, window.width)
     slots = torch.arange(config.width)
     while not window.done:
@@ -184,9 +182,7 @@ def test_any_layout_and_window(trial: int) -> None:
 def test_half_precision_embeddings(model: PrefixModel) -> None:
     table = model.embedding.bfloat16()
     for case in ALL:
-        window = JacobiWindow(
-            DecodeConfig(window=3, **case), LAYOUT, table, model.starts[:2].bfloat16(), seeds=[0, 1]
-        )
+        window = JacobiWindow(DecodeConfig(window=3, **case), LAYOUT, table, model.starts[:2].bfloat16(), seeds=[0, 1])
         while not window.done:
             inputs = window.inputs()
             assert inputs.embeds is not None and inputs.embeds.dtype == torch.bfloat16
@@ -197,9 +193,7 @@ def test_half_precision_embeddings(model: PrefixModel) -> None:
 def test_legal_range(model: PrefixModel) -> None:
     layout = TokenLayout(LAYOUT.forced, image_vocab=4, legal=(1, 3))
     for case in ALL:
-        window = JacobiWindow(
-            DecodeConfig(window=4, **case), layout, model.embedding, model.starts[:2], seeds=[0, 1]
-        )
+        window = JacobiWindow(DecodeConfig(window=4, **case), layout, model.embedding, model.starts[:2], seeds=[0, 1])
         while not window.done:
             window.inputs()
             window.step(torch.zeros(2, window.width, 4))
@@ -237,9 +231,7 @@ def test_constructor_errors(model: PrefixModel) -> None:
     refuses(r"expected floats \[V\+F, D\]", DecodeConfig(), table[0], start, seeds=[0])
     refuses(r"expected floats \[V\+F, D\]", DecodeConfig(), table.long(), start, seeds=[0])
     refuses("start_embeds have shape None", DecodeConfig(), table, seeds=[0])
-    refuses(
-        r"start_embeds have shape \(1, 6\): expected \(2, 6\)", DecodeConfig(), table, start, seeds=[0, 1]
-    )
+    refuses(r"start_embeds have shape \(1, 6\): expected \(2, 6\)", DecodeConfig(), table, start, seeds=[0, 1])
     refuses("without an embedding", DecodeConfig(), None, start, seeds=[0])
     refuses("seeds=", DecodeConfig(), seeds=[])
     refuses("seeds=", DecodeConfig(), seeds=[-1])

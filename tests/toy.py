@@ -59,9 +59,7 @@ class PrefixModel:
             embeds, self.embedding.expand(len(embeds), -1, -1), compute_mode="donot_use_mm_for_euclid_dist"
         )
         nearest = distance.min(-1)
-        assert bool((nearest.values[levels < 0] == 0).all()), (
-            "an input called clean is not a row of the table"
-        )
+        assert bool((nearest.values[levels < 0] == 0).all()), "an input called clean is not a row of the table"
         wild = ((embeds @ self.direction) * 5.0 + 3 * levels).floor().long() % self.rows
         return torch.where(levels < 0, nearest.indices, self.rows + wild)
 

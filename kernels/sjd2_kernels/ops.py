@@ -49,9 +49,7 @@ for _name in NAMES:
 
 
 @torch.library.register_fake("sjd2::embed_window", lib=_library)
-def _(
-    tokens: Tensor, levels: Tensor, table: Tensor, start: Tensor, noisy: Tensor | None, *_: object
-) -> Tensor:
+def _(tokens: Tensor, levels: Tensor, table: Tensor, start: Tensor, noisy: Tensor | None, *_: object) -> Tensor:
     return table.new_empty(*tokens.shape, table.shape[1])
 
 

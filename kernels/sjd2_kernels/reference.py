@@ -157,9 +157,7 @@ def verify(
         run = _run((drafts == decided[:, :-1]) & (levels < 0))
     else:
         u, noise = rng.acceptance_draws(seeds, positions[:, :-1], steps + 1, p.shape[-1])
-        decided, run = _ratio_scan(
-            decided, open_[:, :-1], p[:, :-1], drafts, q, status, levels, u, noise, rule
-        )
+        decided, run = _ratio_scan(decided, open_[:, :-1], p[:, :-1], drafts, q, status, levels, u, noise, rule)
     faulty = bad & open_ & (done == 0)[:, None]
     failing = faulty.any(1)
     fault = torch.where(failing, lengths + faulty.to(torch.int32).argmax(1), -1).to(torch.int32)
@@ -370,6 +368,4 @@ def _rows(source: Tensor, index: Tensor) -> Tensor:
     batch, length = source.shape[:2]
     if batch > 1:
         index = index + torch.arange(0, batch * length, length, device=index.device)[:, None]
-    return (
-        source.reshape(batch * length, -1).index_select(0, index.flatten()).view(batch, -1, source.shape[-1])
-    )
+    return source.reshape(batch * length, -1).index_select(0, index.flatten()).view(batch, -1, source.shape[-1])

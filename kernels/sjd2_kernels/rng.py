@@ -115,9 +115,7 @@ def gumbel(seeds: Tensor, positions: Tensor, iteration: Tensor | int, purpose: i
     return gumbel_from_uniform(uniforms(seeds, positions, iteration, purpose, count))
 
 
-def acceptance_draws(
-    seeds: Tensor, positions: Tensor, iteration: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
+def acceptance_draws(seeds: Tensor, positions: Tensor, iteration: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """For verification, in one pass: u f32 [B, L] (ACCEPT) and Gumbel noise f32 [B, L, count] (RESIDUAL)."""
     lanes, purpose = _accept_lanes(count, positions.device)
     iteration = _as_counter(iteration, positions)

@@ -78,10 +78,7 @@ class Plan:
 def contenders(specs: Sequence[DecoderSpec], engines: dict[str, Engine]) -> list[Contender]:
     """Resolve every spec to an engine and a checked config, before anything is decoded."""
     used = [(spec, engines[spec.weights]) for spec in specs]
-    return [
-        Contender(spec, engine, engine.config_for(spec.decoder, **dict(spec.options)))
-        for spec, engine in used
-    ]
+    return [Contender(spec, engine, engine.config_for(spec.decoder, **dict(spec.options))) for spec, engine in used]
 
 
 def run(plan: Plan, rows: Sequence[Contender], out: Path, progress: Progress = iter) -> BenchResult:

@@ -241,9 +241,7 @@ def image_grid(
             left = caption + column * (cell + gap)
             header = _wrapped((headers or {}).get(name, name), 17)
             at = ((left + cell / 2) / width, 1 - (top - 12) / height)
-            figure.text(
-                *at, header, fontsize=8, fontweight="bold", ha="center", va="bottom", linespacing=1.35
-            )
+            figure.text(*at, header, fontsize=8, fontweight="bold", ha="center", va="bottom", linespacing=1.35)
             for line, picture in enumerate(pictures[: len(prompts)]):
                 pixels = picture.convert("RGB").resize((cell - 2, cell - 2), Image.Resampling.LANCZOS)
                 pixels = ImageOps.expand(pixels, 1, RULE)  # an edge for pictures as white as the page

@@ -63,9 +63,7 @@ class BenchResult:
             return cls(**raw, decoders=rows)
         except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
             expected = ", ".join(f.name for f in fields(cls))
-            raise ConfigError(
-                f"not the results of a bench ({error}); expected the keys {expected}"
-            ) from error
+            raise ConfigError(f"not the results of a bench ({error}); expected the keys {expected}") from error
 
 
 def load(path: str | Path) -> BenchResult:
@@ -120,8 +118,7 @@ def to_markdown(result: BenchResult, notes: Iterable[str] = (), figures: Iterabl
     lines = [
         f"# Decoders on `{result.model}`",
         "",
-        f"{result.prompts} prompts, seed {result.seed}; {result.device}, {result.dtype};"
-        f" commit {result.commit}.",
+        f"{result.prompts} prompts, seed {result.seed}; {result.device}, {result.dtype}; commit {result.commit}.",
         "",
         "| " + " | ".join(HEADERS) + " |",
         "|" + "|".join("---" if i < 3 else "---:" for i in range(len(HEADERS))) + "|",
@@ -141,9 +138,7 @@ def to_markdown(result: BenchResult, notes: Iterable[str] = (), figures: Iterabl
     return "\n".join(lines)
 
 
-def write(
-    result: BenchResult, folder: str | Path, notes: Iterable[str] = (), figures: Iterable[Path] = ()
-) -> None:
+def write(result: BenchResult, folder: str | Path, notes: Iterable[str] = (), figures: Iterable[Path] = ()) -> None:
     """Write `results.json` and `results.md` (which shows the figures), each whole or not at all."""
     folder = Path(folder)
     shown = [path.relative_to(folder).as_posix() for path in figures]

@@ -71,9 +71,7 @@ def parse_spec(text: str) -> DecoderSpec:
     head, *words = (part.strip() for part in text.strip().split(":"))
     decoder, at, weights = head.partition("@")
     if not decoder:
-        raise ConfigError(
-            f"'{text}' names no decoder; expected name[@base|@sjd2][:option]..., as in sjd2:W=64"
-        )
+        raise ConfigError(f"'{text}' names no decoder; expected name[@base|@sjd2][:option]..., as in sjd2:W=64")
     if at and weights not in WEIGHTS:
         raise ConfigError(f"'{text}' asks for weights '{weights}'; expected @base or @sjd2")
     options = tuple(_option(word, decoder) for word in words)

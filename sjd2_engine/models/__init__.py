@@ -43,9 +43,7 @@ def _download(repository: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise CheckpointError(
-            f"{repository!r} is a hub id, which needs: pip install 'sjd2-engine[hf]'"
-        ) from None
+        raise CheckpointError(f"{repository!r} is a hub id, which needs: pip install 'sjd2-engine[hf]'") from None
     try:
         return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
     except Exception as error:  # the hub client has many, all of them mean: not to be had

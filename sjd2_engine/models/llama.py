@@ -22,9 +22,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the folder is not a complete checkpoint") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as JSON ({error}); fetch the checkpoint again"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch the checkpoint again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
@@ -114,11 +112,7 @@ def save_llama(model: Transformer, folder: Path, extra: dict[str, Any], dtype: t
     head[: state["head.weight"].shape[0]] = state["head.weight"]
     tensors = {"lm_head.weight": head}
     for name, parts in _names(config.num_hidden_layers).items():
-        rows = (
-            [heads * dim, kv_heads * dim, kv_heads * dim]
-            if len(parts) == 3
-            else len(state[name]) // len(parts)
-        )
+        rows = [heads * dim, kv_heads * dim, kv_heads * dim] if len(parts) == 3 else len(state[name]) // len(parts)
         tensors |= dict(zip(parts, state[name].split(rows), strict=True))
     folder.mkdir(parents=True, exist_ok=True)
     save_file(

@@ -77,9 +77,7 @@ def load(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> S
     config = read_json(folder / "config.json")
     words = config.get("words")
     if not isinstance(words, list) or config.get("vocab_size") != FIRST_WORD + len(words):
-        raise CheckpointError(
-            f"{folder / 'config.json'}: vocab_size and the list of words do not fit together"
-        )
+        raise CheckpointError(f"{folder / 'config.json'}: vocab_size and the list of words do not fit together")
     sizes = transformer_config(config, folder / "config.json")
     noise = None
     if (folder / "sjd2.json").exists():

@@ -29,6 +29,8 @@ class SceneVQ(nn.Module):
     `decode`: int64 [B, 256] -> float [B, 3, 128, 128] in [-1, 1].
     """
 
+    codebook: Tensor
+
     def __init__(self, width: int = 96, half: int = 32, fine: int = 16) -> None:
         super().__init__()
         self.encoder = nn.Sequential(

@@ -23,9 +23,7 @@ class WordTokenizer:
         """
         words = re.findall(r"[^\W_]+", text.lower())
         if len(words) > self.longest:
-            raise PromptError(
-                f"the prompt has {len(words)} words, the model reads at most {self.longest}; shorten it"
-            )
+            raise PromptError(f"the prompt has {len(words)} words, the model reads at most {self.longest}; shorten it")
         for word in words:
             if word not in self._id_of:
                 raise PromptError(self._unknown(word, text))

@@ -151,9 +151,7 @@ def _first_pose(template: _Template, part: np.ndarray) -> np.ndarray:
     """The pose at which the shape has the same area and centroid as a mask [h, w]."""
     rows, columns = np.nonzero(part)
     radius = (rows.size / template.area) ** 0.5
-    return np.array(
-        [radius, columns.mean() + 0.5 - radius * template.x, rows.mean() + 0.5 - radius * template.y]
-    )
+    return np.array([radius, columns.mean() + 0.5 - radius * template.x, rows.mean() + 0.5 - radius * template.y])
 
 
 def _refine(template: _Template, part: np.ndarray, pose: np.ndarray, fit: float) -> tuple[np.ndarray, float]:
@@ -180,9 +178,7 @@ def fit_shape(part: np.ndarray) -> tuple[str, float, np.ndarray]:
             if not soft or size_of(pose[0]) == "small":
                 firsts.append((shape, template, pose, _overlap(template, crop, pose)))
     bar = max(fit for *_, fit in firsts) - CLOSE_RACE
-    fits = [
-        (shape, *_refine(template, crop, pose, fit)) for shape, template, pose, fit in firsts if fit >= bar
-    ]
+    fits = [(shape, *_refine(template, crop, pose, fit)) for shape, template, pose, fit in firsts if fit >= bar]
     shape, pose, fit = max(fits, key=lambda item: item[2])
     return shape, fit, pose + np.array([0, left - room, top - room])
 

@@ -41,9 +41,9 @@ def signed_distance(shape: str, radius: float, px: np.ndarray, py: np.ndarray) -
     if shape == "square":
         return _polygon(0.88 * r * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]), px, py)
     if shape == "triangle":
-        return _polygon(_regular([1.18 * r] * 3) + [0, 0.22 * r], px, py)
+        return _polygon(_regular([1.18 * r] * 3) + np.array([0, 0.22 * r]), px, py)
     if shape == "star":
-        return _polygon(_regular([1.16 * r, 0.46 * r] * 5) + [0, 0.06 * r], px, py)
+        return _polygon(_regular([1.16 * r, 0.46 * r] * 5) + np.array([0, 0.06 * r]), px, py)
     a, b = 1.02 * r, 0.34 * r
     corners = [
         [-b, -a],
@@ -83,9 +83,7 @@ def _paint(canvas: np.ndarray, item: Item) -> None:
     x0, x1 = max(item.x - reach, 0), min(item.x + reach, SIDE)
     y0, y1 = max(item.y - reach, 0), min(item.y + reach, SIDE)
     py, px = np.mgrid[y0:y1, x0:x1] + 0.5
-    cover = np.clip(0.5 - signed_distance(item.shape, item.radius, px - item.x, py - item.y), 0.0, 1.0)[
-        ..., None
-    ]
+    cover = np.clip(0.5 - signed_distance(item.shape, item.radius, px - item.x, py - item.y), 0.0, 1.0)[..., None]
     box = canvas[y0:y1, x0:x1]
     box += cover * (np.asarray(COLOURS[item.colour], dtype=np.float64) - box)
 

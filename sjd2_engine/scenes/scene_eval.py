@@ -78,9 +78,7 @@ def _matching(phrase: Phrase, things: Sequence[Detection]) -> list[Detection]:
     return [
         thing
         for thing in things
-        if thing.shape == phrase.shape
-        and phrase.colour in (None, thing.colour)
-        and phrase.size in (None, thing.size)
+        if thing.shape == phrase.shape and phrase.colour in (None, thing.colour) and phrase.size in (None, thing.size)
     ]
 
 
@@ -116,9 +114,7 @@ def score(image: Image.Image | np.ndarray, prompt: Prompt) -> Verdict:
     return Verdict(correct, reason, tuple(things))
 
 
-def score_all(
-    images: Iterable[Image.Image | np.ndarray], prompts: Iterable[Prompt]
-) -> dict[str, list[Verdict]]:
+def score_all(images: Iterable[Image.Image | np.ndarray], prompts: Iterable[Prompt]) -> dict[str, list[Verdict]]:
     """Judge pictures against their prompts, one each; verdicts by category, as `summarise` takes them."""
     verdicts: dict[str, list[Verdict]] = {category: [] for category in CATEGORIES}
     for image, prompt in zip(images, prompts, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,11 @@ def scenes_model(seed: int) -> Transformer:
     return model
 
 
+def half_precision() -> torch.autocast:
+    """Matrix products in bfloat16, weights and losses in float32."""
+    return torch.autocast("cpu", torch.bfloat16)
+
+
 def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention inside the sequence, q, k, v [B, T, H, d]."""
     q, k, v = (x.transpose(1, 2) for x in (q.to(v.dtype), k.to(v.dtype), v))
@@ -51,18 +57,15 @@ def image_loss(logits: Tensor, image: Tensor) -> Tensor:
 def clean_logits(model: Transformer, batch: Batch) -> Tensor:
     """Teacher-forced logits [B, 272, V] of every image position."""
     ids = torch.cat([batch.prompt, batch.image[:, :-1]], 1)
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = model(model.embedding[ids], torch.arange(ids.shape[1]), causal)
-        return model.head(hidden[:, -POSITIONS:])
+    hidden = model(model.embedding[ids], torch.arange(ids.shape[1]), causal)
+    return model.head(hidden[:, -POSITIONS:])
 
 
 @torch.no_grad()
 def validation_loss(model: Transformer, data: TokenData) -> float:
     """Mean cross-entropy over the pictures kept apart, nats per free token."""
     batches = data.validation()
-    total = sum(
-        float(image_loss(clean_logits(model, batch), batch.image)) * len(batch.image) for batch in batches
-    )
+    total = sum(float(image_loss(clean_logits(model, batch), batch.image)) * len(batch.image) for batch in batches)
     return total / sum(len(batch.image) for batch in batches)
 
 
@@ -77,11 +80,13 @@ def main() -> None:
     args = parser.parse_args()
     data = TokenData(args.data)
     model = scenes_model(args.seed)
-    forward = torch.compile(model, dynamic=True)
+    forward = cast(Transformer, torch.compile(model, dynamic=True))
 
     def loss_of(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = data.sample(args.batch, generator)
-        loss = image_loss(clean_logits(forward, batch), batch.image)
+        with half_precision():
+            logits = clean_logits(forward, batch)
+        loss = image_loss(logits, batch.image)
         return loss, {"loss": float(loss.detach())}
 
     trainer = Trainer(model, args.out, args.minutes, args.rate, weight_decay=0.05, seed=args.seed)

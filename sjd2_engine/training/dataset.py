@@ -39,20 +39,15 @@ def encode_pictures(vq: SceneVQ, pictures: np.ndarray) -> Tensor:
     """Codes uint8 [M, 256] of pictures uint8 [M, 128, 128, 3]."""
     codes = []
     for part in torch.from_numpy(pictures).split(100):
-        pixels = (
-            part.permute(0, 3, 1, 2)
-            .float()
-            .div_(127.5)
-            .sub_(1.0)
-            .contiguous(memory_format=torch.channels_last)
-        )
+        pixels = part.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             codes.append(vq.encode(pixels).to(torch.uint8))
     return torch.cat(codes)
 
 
 def write(vq_path: Path, out: Path, pictures: int, seed: int) -> None:
-    vq = load_vq(vq_path).to(memory_format=torch.channels_last)
+    vq = load_vq(vq_path)
+    vq.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing from torch's stubs)
     codes, prompts = [], []
     for drawn, captions in draw_chunks(pictures, seed, "drawing and encoding"):
         codes.append(encode_pictures(vq, drawn))

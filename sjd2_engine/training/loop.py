@@ -38,9 +38,7 @@ class Trainer:
     def _learning_rate(self) -> float:
         share = min(1.0, self.spent / self.seconds)
         return (
-            self.rate
-            * min(1.0, (self.step + 1) / WARMUP_STEPS)
-            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+            self.rate * min(1.0, (self.step + 1) / WARMUP_STEPS) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
         )
 
     def _save(self) -> None:

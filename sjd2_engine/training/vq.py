@@ -58,20 +58,17 @@ class Codebook:
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     """L1 plus squared error plus edges: flat areas stay flat and outlines stay sharp."""
-    edges = F.l1_loss(output.diff(dim=-1), target.diff(dim=-1)) + F.l1_loss(
-        output.diff(dim=-2), target.diff(dim=-2)
-    )
+    edges = F.l1_loss(output.diff(dim=-1), target.diff(dim=-1)) + F.l1_loss(output.diff(dim=-2), target.diff(dim=-2))
     return F.l1_loss(output, target) + 2.0 * F.mse_loss(output, target) + 0.5 * edges
 
 
 def train(out: Path, minutes: float, pictures: int, batch: int, rate: float, seed: int) -> None:
     torch.manual_seed(seed)
     data = torch.from_numpy(draw_pictures(pictures, seed))
-    model = SceneVQ().to(memory_format=torch.channels_last)
+    model = SceneVQ()
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing from torch's stubs)
     codebook = Codebook(model)
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
-    )
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     quantise, losses, step, begin = False, [], 0, time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=round(minutes * 60), unit="s", desc="vq")
@@ -112,9 +109,7 @@ def train(out: Path, minutes: float, pictures: int, batch: int, rate: float, see
             bar.set_postfix(step=step, loss=f"{mean:.4f}", codes=used, refresh=False)
             bar.update(round(elapsed) - bar.n)
             with (out / "log.jsonl").open("a") as log:
-                log.write(
-                    json.dumps({"step": step, "seconds": round(elapsed), "loss": mean, "codes": used}) + "\n"
-                )
+                log.write(json.dumps({"step": step, "seconds": round(elapsed), "loss": mean, "codes": used}) + "\n")
         if step % 500 == 0:
             save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "vq.safetensors")
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "vq.safetensors")
