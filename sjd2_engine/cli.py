@@ -1,4 +1,4 @@
-"""The `sjd2` command: generate, bench, evaluate, doctor."""
+"""The `sjd2` command: generate, bench, evaluate, finetune, doctor."""
 
 from __future__ import annotations
 
@@ -235,6 +235,42 @@ def evaluate(
     result = scoring.evaluate(engine, cases, decoder, out, seed, batch, options, progress)
     _table(f"SceneEval of {model}, {result.settings['decoder']}", scoring.HEADERS, result.rows(), 1)
     typer.echo(result.to_json())
+
+
+@app.command()
+def finetune(
+    model: Model = "scenes",
+    out: Out = Path("out/scenes-sjd2"),
+    data: Annotated[Path, typer.Option(help="Folder of encoded pictures; drawn and encoded if empty.")] = Path(
+        "out/data"
+    ),
+    minutes: Annotated[float, typer.Option(help="Wall-clock time of the training itself.")] = 26.0,
+    levels: Annotated[str, typer.Option(help="Counts of noise levels to train, the main one first.")] = "4,3",
+    t_min: Annotated[float, typer.Option(help="Smallest noise level, in (0, 1).")] = 0.75,
+    batch: Annotated[int, typer.Option(help="Pictures per step.")] = 32,
+    rate: Annotated[float, typer.Option(help="Largest learning rate.")] = 1e-3,
+    pictures: Annotated[int, typer.Option(help="Pictures to draw where there are none.")] = 120_000,
+) -> None:
+    """Teach a model of the scenes family to read noisy inputs, as sjd2 needs; goes on where a killed run stopped."""
+    from .files import check_writable
+    from .schedule import noise_times
+
+    _at_least_one(batch=batch, pictures=pictures)
+    if minutes <= 0 or rate <= 0:
+        raise ConfigError(f"--minutes is {minutes} and --rate is {rate}; expected numbers above 0")
+    counts = [int(part) if part.strip().isdigit() else 0 for part in levels.split(",")]
+    for count in counts:
+        noise_times(count, t_min)
+    check_writable(out)
+    check_writable(data)
+    from .models.scenes import ScenesModel
+    from .training.noise import finetune as train
+
+    loaded = _engine(model, "cpu", "float32").model
+    if not isinstance(loaded, ScenesModel):
+        raise ConfigError(f"--model {model} is of the family {loaded.family}; only scenes can be fine-tuned so far")
+    train(loaded, data, out, minutes, counts, t_min, batch=batch, rate=rate, pictures=pictures)
+    typer.echo(f"{out}  tuned for sjd2 with {counts[0]} levels; try: sjd2 bench --tuned {out}")
 
 
 @app.command()

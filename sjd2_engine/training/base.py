@@ -14,7 +14,8 @@ from ..models.scenes import FIRST_WORD
 from ..models.scenes_vq import CODES
 from ..scenes.world import WORDS
 from ..transformer import Transformer, TransformerConfig
-from .dataset import POSITIONS, Batch, TokenData
+from .dataset import POSITIONS, Batch, TokenData, load_vq
+from .export import save_scenes
 from .loop import Trainer
 
 SCENES = TransformerConfig(
@@ -72,7 +73,8 @@ def validation_loss(model: Transformer, data: TokenData) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("runs/data"))
-    parser.add_argument("--out", type=Path, default=Path("runs/base"))
+    parser.add_argument("--vq", type=Path, default=Path("runs/vq/vq.safetensors"))
+    parser.add_argument("--out", type=Path, default=Path("runs/base"), help="the model is written to OUT/model")
     parser.add_argument("--minutes", type=float, default=45.0)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -91,6 +93,7 @@ def main() -> None:
 
     trainer = Trainer(model, args.out, args.minutes, args.rate, weight_decay=0.05, seed=args.seed)
     trainer.run(loss_of, lambda: {"validation_loss": validation_loss(model, data)})
+    save_scenes(model, load_vq(args.vq), args.out / "model")
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ def encode_pictures(vq: SceneVQ, pictures: np.ndarray) -> Tensor:
     return torch.cat(codes)
 
 
-def write(vq_path: Path, out: Path, pictures: int, seed: int) -> None:
-    vq = load_vq(vq_path)
+def write(vq: SceneVQ, out: Path, pictures: int, seed: int) -> None:
+    """Draw and encode pictures into `out/tokens.safetensors`."""
     vq.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing from torch's stubs)
     codes, prompts = [], []
     for drawn, captions in draw_chunks(pictures, seed, "drawing and encoding"):
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=120_000)
     parser.add_argument("--seed", type=int, default=2)
     args = parser.parse_args()
-    write(args.vq, args.out, args.pictures, args.seed)
+    write(load_vq(args.vq), args.out, args.pictures, args.seed)
 
 
 if __name__ == "__main__":

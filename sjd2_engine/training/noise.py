@@ -1,4 +1,4 @@
-"""Teaches base weights to read noisy inputs: `python -m sjd2_engine.training.noise --base runs/base --out runs/noise`.
+"""Teaches weights to read noisy inputs, as SJD2 decoding needs (`sjd2 finetune`).
 
 Next-clean-token prediction (SJD2, arXiv 2510.08994): the input embeddings of stretches of image tokens are noised,
 level by level along raster order, and every position still predicts the clean next token.
@@ -6,24 +6,27 @@ level by level along raster order, and every position still predicts the clean n
 
 from __future__ import annotations
 
-import argparse
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.scenes import ScenesModel
 from ..schedule import CLEAN, embedding_statistics, noise_times, timestep_encodings
 from ..transformer import Transformer
-from .base import half_precision, image_loss, scenes_model, validation_loss
-from .dataset import POSITIONS, Batch, TokenData
+from .base import half_precision, image_loss, validation_loss
+from .dataset import POSITIONS, Batch, TokenData, write
+from .export import save_scenes
 from .loop import Trainer
 
 SEGMENT = (2, 12)  # positions of one level, both ends included: about what a window accepts per step
 CLEAN_RUN = (0, 60)  # clean positions between two staircases
 CLEAN_SHARE = 0.25  # of the pictures, left without any noise
+OTHER_COUNTS = 0.3  # of the batches, with another count of levels than the first
 
 
 def saw_tooth(batch: int, levels: int, generator: torch.Generator) -> Tensor:
@@ -122,52 +125,41 @@ def noisy_validation(model: Transformer, data: TokenData, times: Tensor) -> dict
     return {name: sum(values) / len(values) for name, values in sorted(sums.items())}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("runs/data"))
-    parser.add_argument("--base", type=Path, default=Path("runs/base"))
-    parser.add_argument("--out", type=Path, default=Path("runs/noise"))
-    parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--levels", type=int, nargs="+", default=[4, 3], help="level counts to train, the first most")
-    parser.add_argument("--t-min", type=float, default=0.75)
-    parser.add_argument("--seed", type=int, default=4)
-    args = parser.parse_args()
-    data = TokenData(args.data)
-    model = scenes_model(args.seed)
-    model.load_state_dict(torch.load(args.base / "state.pt", weights_only=True)["model"])
+def finetune(
+    model: ScenesModel, data: Path, out: Path, minutes: float, levels: Sequence[int], t_min: float, **options: Any
+) -> None:
+    """Noise training of a model of the scenes family; writes the tuned model to `out`, its state to `out/run`.
+
+    levels: counts of noise levels to train, the first one most and the default of decoding. Options: batch, rate,
+    pictures (drawn and encoded where `data` is empty), seed. A killed run goes on where it stopped.
+    """
+    settings = {"batch": 32, "rate": 1e-3, "pictures": 120_000, "seed": 4} | options
+    if not (data / "tokens.safetensors").exists():
+        write(model.vq, data, settings["pictures"], seed=2)
+    tokens = TokenData(data)
+    transformer = model.transformer.train().requires_grad_(True)
     forward = torch.compile(noisy_logits, dynamic=True)
 
     def loss_of(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        batch = data.sample(args.batch, generator)
-        other = len(args.levels) > 1 and float(torch.rand((), generator=generator)) < 0.3
-        count = (
-            args.levels[1 + int(torch.randint(len(args.levels) - 1, (), generator=generator))]
-            if other
-            else args.levels[0]
-        )
-        levels = saw_tooth(args.batch, count, generator)
-        noisy = noisy_batch(model, batch, levels, noise_times(count, args.t_min), generator)
+        batch = tokens.sample(settings["batch"], generator)
+        count = levels[0]
+        if len(levels) > 1 and float(torch.rand((), generator=generator)) < OTHER_COUNTS:
+            count = levels[int(torch.randint(1, len(levels), (), generator=generator))]
+        rows = saw_tooth(settings["batch"], count, generator)
+        noisy = noisy_batch(transformer, batch, rows, noise_times(count, t_min), generator)
         with half_precision():
-            logits = forward(model, noisy.embeds, noisy.positions, noisy.mask)
+            logits = forward(transformer, noisy.embeds, noisy.positions, noisy.mask)
         loss = image_loss(logits, batch.image)
-        parts = loss_by_level(logits.detach(), batch.image, levels, count) if count == args.levels[0] else {}
+        parts = loss_by_level(logits.detach(), batch.image, rows, count) if count == levels[0] else {}
         return loss, {"loss": float(loss.detach()), **parts}
 
-    trainer = Trainer(model, args.out, args.minutes, args.rate, weight_decay=0.05, seed=args.seed)
-    times = noise_times(args.levels[0], args.t_min)
-    trainer.run(
-        loss_of,
-        lambda: {
-            "validation_loss": validation_loss(model, data),
-            "by_level": noisy_validation(model, data, times),
-        },
-    )
-    (args.out / "sjd2.json").write_text(
-        json.dumps({"levels": args.levels[0], "t_min": args.t_min, "times": [round(float(t), 6) for t in times]})
-    )
+    times = noise_times(levels[0], t_min)
 
+    def report() -> dict[str, Any]:
+        by_level = noisy_validation(transformer, tokens, times)
+        return {"validation_loss": validation_loss(transformer, tokens), "validation_loss_by_level": by_level}
 
-if __name__ == "__main__":
-    main()
+    trainer = Trainer(transformer, out / "run", minutes, settings["rate"], weight_decay=0.05, seed=settings["seed"])
+    trainer.run(loss_of, report)
+    schedule = {"levels": levels[0], "t_min": t_min, "times": [round(float(t), 6) for t in times]}
+    save_scenes(transformer, model.vq, out, schedule)
