@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models import load_model
 from ..models.scenes import FIRST_WORD
 from ..models.scenes_vq import CODES
 from ..scenes.world import WORDS
@@ -36,6 +37,12 @@ def scenes_model(seed: int) -> Transformer:
     model = Transformer(SCENES, FIRST_WORD + len(WORDS), CODES)
     model.initialise(seed)
     return model
+
+
+def start_from(folder: Path) -> Transformer:
+    """The decoder of a model folder, ready to be trained further."""
+    model = load_model(str(folder), torch.device("cpu"), torch.float32)
+    return model.transformer.train().requires_grad_(True)
 
 
 def half_precision() -> torch.autocast:
@@ -75,13 +82,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("runs/data"))
     parser.add_argument("--vq", type=Path, default=Path("runs/vq/vq.safetensors"))
     parser.add_argument("--out", type=Path, default=Path("runs/base"), help="the model is written to OUT/model")
+    parser.add_argument("--init", type=Path, help="model folder to go on from, instead of fresh weights")
     parser.add_argument("--minutes", type=float, default=45.0)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=3)
     args = parser.parse_args()
     data = TokenData(args.data)
-    model = scenes_model(args.seed)
+    model = scenes_model(args.seed) if args.init is None else start_from(args.init)
     forward = cast(Transformer, torch.compile(model, dynamic=True))
 
     def loss_of(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..models.llama import read_tensors
 from ..models.scenes import BEGIN, BEGIN_IMAGE, END_OF_LINE, FIRST_WORD, MAX_WORDS
 from ..models.scenes_vq import GRID, SceneVQ
 from ..models.words import WordTokenizer
@@ -71,7 +72,7 @@ class TokenData:
     """Encoded pictures in memory; a batch holds captions of one length, so that no padding is needed."""
 
     def __init__(self, folder: Path, validation: int = 512) -> None:
-        stored = load_file(folder / "tokens.safetensors")
+        stored = read_tensors(folder / "tokens.safetensors")
         self.codes, self.prompts, self.lengths = stored["codes"], stored["prompts"], stored["lengths"]
         self.size = len(self.codes) - validation
         self.by_length = [torch.nonzero(self.lengths[: self.size] == n)[:, 0] for n in self.lengths.unique()]
