@@ -263,10 +263,13 @@ def finetune(
         noise_times(count, t_min)
     check_writable(out)
     check_writable(data)
+    import torch
+
+    from .models import load_model
     from .models.scenes import ScenesModel
     from .training.noise import finetune as train
 
-    loaded = _engine(model, "cpu", "float32").model
+    loaded = load_model(model, torch.device("cpu"), torch.float32)
     if not isinstance(loaded, ScenesModel):
         raise ConfigError(f"--model {model} is of the family {loaded.family}; only scenes can be fine-tuned so far")
     train(loaded, data, out, minutes, counts, t_min, batch=batch, rate=rate, pictures=pictures)

@@ -16,6 +16,7 @@ from torch import Tensor
 from .cache import StaticCache
 from .config import DecodeConfig
 from .errors import BackendError, CheckpointError, ConfigError, NumericalError, PromptError
+from .linear import pack_linears
 from .models import ImageModel, load_model
 from .schedule import embedding_statistics, noise_times, timestep_encodings
 from .window import JacobiWindow
@@ -130,6 +131,7 @@ class Engine:
 
     def __init__(self, model: ImageModel) -> None:
         self.model = model
+        pack_linears(model.transformer)
 
     @classmethod
     def from_pretrained(

@@ -14,7 +14,7 @@ KERNELS = ROOT / "kernels" / "sjd2_kernels"
 
 FLOORS = {
     1: {"config", "schedule", "layout", "errors", "files"},
-    2: {"transformer", "attention", "cache", "models"},
+    2: {"transformer", "attention", "cache", "linear", "models"},
     3: {"window", "decoders", "graphs"},
     4: {"engine"},
     5: {"cli", "serve", "generation", "doctor"},

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sjd2_engine import Engine
-from sjd2_engine.cli import main as _main  # noqa: F401  (the command must import without training code)
 from sjd2_engine.errors import CheckpointError, ConfigError
+from sjd2_engine.models import load_model
 from sjd2_engine.models.scenes import ScenesModel
 from sjd2_engine.models.scenes_vq import SceneVQ
 from sjd2_engine.scenes.world import WORDS
@@ -121,8 +121,9 @@ def test_finetune_makes_a_model_that_sjd2_accepts(untrained: ScenesModel, data: 
     engine = Engine.from_pretrained(str(tmp_path / "base"), device="cpu")
     with pytest.raises(CheckpointError, match="finetune"):
         engine.generate("a ring", decoder="sjd2")
-    assert isinstance(engine.model, ScenesModel)
-    finetune(engine.model, data, tmp_path / "tuned", 1e-4, [3, 2], 0.6, batch=2, compiled=False)
+    model = load_model(str(tmp_path / "base"), torch.device("cpu"), torch.float32)
+    assert isinstance(model, ScenesModel)
+    finetune(model, data, tmp_path / "tuned", 1e-4, [3, 2], 0.6, batch=2, compiled=False)
     tuned = Engine.from_pretrained(str(tmp_path / "tuned"), device="cpu")
     config = tuned.config_for("sjd2")
     assert tuned.is_tuned and (config.denoise_levels, config.t_min) == (3, 0.6)

@@ -22,7 +22,7 @@ from .world import (
     Scene,
 )
 
-GRID = 4  # centres lie on a grid of this many pixels: half a token
+GRID = 8  # centres lie on a grid of this many pixels, the corners of the tokens: a shape is then always cut alike
 MARGIN = 4  # pixels between things, and between a thing and the border
 REACH = 1.2  # outline of the widest shape, in radii
 WORD_OF = {count: word for word, count in NUMBERS.items()}

@@ -25,7 +25,7 @@ PLURALS = {
     "cross": "crosses",
     "ring": "rings",
 }
-RADII = {"small": 12, "medium": 18, "large": 28}  # pixels; "medium" is never said
+RADII = {"small": 14, "medium": 18, "large": 28}  # pixels; "medium" is never said
 TONES: dict[str, tuple[int, int]] = {
     "white": (248, 222),
     "grey": (168, 142),

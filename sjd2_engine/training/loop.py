@@ -21,7 +21,7 @@ LOG_EVERY = 25  # steps
 
 
 class Trainer:
-    """Muon and AdamW with a cosine schedule over wall-clock minutes; `run` continues from `out/state.pt` if it is there."""
+    """Muon and AdamW with a cosine schedule over wall-clock minutes; `run` goes on from `out/state.pt` if there is one."""
 
     def __init__(
         self, model: nn.Module, out: Path, minutes: float, rate: float, weight_decay: float, seed: int

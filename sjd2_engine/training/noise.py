@@ -131,7 +131,8 @@ def finetune(
     """Noise training of a model of the scenes family; writes the tuned model to `out`, its state to `out/run`.
 
     levels: counts of noise levels to train, the first one most and the default of decoding. Options: batch, rate,
-    pictures (drawn and encoded where `data` is empty), seed, compiled (by torch.compile: half the time per step). A killed run goes on where it stopped.
+    pictures (drawn and encoded where `data` is empty), seed, compiled (torch.compile: half the time per step).
+    A killed run goes on where it stopped.
     """
     settings = {"batch": 32, "rate": 1e-3, "pictures": 120_000, "seed": 4, "compiled": True} | options
     if not (data / "tokens.safetensors").exists():
