@@ -21,7 +21,7 @@ LOG_EVERY = 25  # steps
 
 
 class Trainer:
-    """Muon and AdamW with a cosine schedule over wall-clock minutes; `run` goes on from `out/state.pt` if there is one."""
+    """Muon and AdamW with a cosine schedule over wall-clock minutes; `run` goes on from `out/state.pt`."""
 
     def __init__(
         self, model: nn.Module, out: Path, minutes: float, rate: float, weight_decay: float, seed: int
@@ -45,7 +45,6 @@ class Trainer:
 
     def save(self) -> None:
         """Write everything a later run needs to go on, under a temporary name first."""
-        self.out.mkdir(parents=True, exist_ok=True)
         state = {
             "model": self.model.state_dict(), "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "generator": self.generator.get_state(), "step": self.step, "spent": self.spent,
@@ -83,6 +82,7 @@ class Trainer:
 
     def run(self, loss_of: LossOf, report: Callable[[], dict]) -> None:
         """Trains until the time is spent, then writes `report.json` with the figures that `report` gives."""
+        self.out.mkdir(parents=True, exist_ok=True)
         self.resume()
         bar = tqdm(total=round(self.seconds), initial=round(self.spent), unit="s", desc=self.out.name)
         sums: dict[str, list[float]] = {}
