@@ -20,6 +20,7 @@ from .data import draw_pictures
 CONTINUOUS_SHARE = 0.1  # of the run spent without quantisation, so that the codebook starts on real vectors
 COMMITMENT = 0.25
 DECAY = 0.99
+MERGE_DISTANCE = 0.9  # codes are about 6.7 long, two codes of a pair that looks different 2 and more apart
 
 
 class Codebook:
@@ -54,6 +55,29 @@ class Codebook:
         self.counts[dead], self.sums[dead] = 1.0, fresh
         self.model.codebook[dead] = fresh
         return int(dead.sum())
+
+
+def merge_codes(codebook: Tensor, usage: Tensor, distance: float) -> Tensor:
+    """Give codes that mean the same one vector: centroids are joined, nearest first, up to `distance`.
+
+    codebook f32 [256, 16], usage [256] counts; returns the new codebook, in which the members of a group are equal, so
+    that `SceneVQ.nearest` always takes the first of them. Without it the encoder picks among near-equal codes by
+    chance, and the decoder model spends most of its loss on guessing which.
+    """
+    centres, weight = codebook.double().clone(), usage.double() + 1e-3
+    group = torch.arange(len(codebook))
+    alive = torch.ones(len(codebook), dtype=torch.bool)
+    while True:
+        gaps = torch.cdist(centres, centres).fill_diagonal_(torch.inf)
+        gaps[~alive], gaps[:, ~alive] = torch.inf, torch.inf
+        nearest, where = gaps.flatten().min(0)
+        if nearest > distance:
+            return centres[group].float()
+        a, b = divmod(int(where), len(codebook))
+        centres[a] = (centres[a] * weight[a] + centres[b] * weight[b]) / (weight[a] + weight[b])
+        weight[a] += weight[b]
+        alive[b] = False
+        group[group == b] = a
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -112,6 +136,8 @@ def train(out: Path, minutes: float, pictures: int, batch: int, rate: float, see
                 log.write(json.dumps({"step": step, "seconds": round(elapsed), "loss": mean, "codes": used}) + "\n")
         if step % 500 == 0:
             save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "vq.safetensors")
+    with torch.no_grad():
+        model.codebook.copy_(merge_codes(model.codebook, codebook.counts, MERGE_DISTANCE))
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "vq.safetensors")
 
 
