@@ -9,7 +9,7 @@ PIP_FLAGS ?= -c constraints.txt
 BIN       := $(VENV)/bin
 STAMP     := $(VENV)/.installed
 
-DEMO_DECODERS ?= ar,jacobi,sjd,coupled,sjd2
+DEMO_DECODERS ?= ar,jacobi,sjd,coupled,coupled:maximal,jacobi@sjd2,sjd2,sjd2:ratio
 DEMO_PROMPTS  ?= 16
 DEMO_DIR      ?= demo
 
