@@ -32,6 +32,8 @@ class DecodeConfig:
     seed             of the image, or one per prompt
     verification     `sjd2`: "match" (the tokens of `ar`), "ratio" (its law) or "paper" (not exact)
     coupling         how drafts behind a rejection are renewed: `coupled`, and `sjd2` unless in "match"
+    repeat_distance  a token draft without a prediction repeats the accepted token so many positions before it
+                     (a row above, say: SJD's vertical repeat); 0 = a random image id
     warmup           `sjd2`: the first window starts as "tokens" or, as published, as "noise"
     negative_prompt  prompt of the unconditional rows
     max_batch        images decoded at the same time
@@ -48,6 +50,7 @@ class DecodeConfig:
     seed: int | tuple[int, ...] = 0
     verification: str = "match"
     coupling: str = "gumbel"
+    repeat_distance: int = 0
     warmup: str = "tokens"
     negative_prompt: str = ""
     max_batch: int = 16
@@ -59,6 +62,7 @@ class DecodeConfig:
         self._check_choice("warmup", WARMUPS)
         self._check_int("window", 1, 4096)
         self._check_int("denoise_levels", 1, 1000)
+        self._check_int("repeat_distance", 0, 2**31 - 1)
         self._check_int("top_k", 0, 2**31 - 1)
         self._check_int("max_batch", 1, 65536)
         self._check_float("temperature", 0.0, math.inf)

@@ -126,12 +126,23 @@ class JacobiWindow:
             self.failed_step, self.histogram, self._kv_lengths, self.total,
         )  # fmt: skip
         if self.width > 1:
+            self._repeat()
             ops.refine(
                 decided, p, accepted, settled, self.lengths, self._forced, self._initial, self._drafts,
                 self._status, self._levels, self._q, self._noisy, self._embedding, self._mean, self._std,
                 self._ratios, self._noise, self._directions, self.seeds, self._fresh_level,
             )  # fmt: skip
         return WindowStep(accepted)
+
+    def _repeat(self) -> None:
+        """Let token drafts to come repeat what was accepted `repeat_distance` positions before them."""
+        distance = self.config.repeat_distance
+        if not 0 < distance < self.total:
+            return
+        # Only tokens of other positions: what a draft is drawn from never depends on noise of its own position.
+        source, drafts = self._tokens[:, :-distance], self._initial[:, distance:]
+        usable = (source >= 0) & (self._forced[distance:] < 0) & (self._forced[:-distance] < 0)
+        torch.where(usable, source, drafts, out=drafts)
 
     @property
     def tokens(self) -> Tensor:

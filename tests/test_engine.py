@@ -33,6 +33,13 @@ def test_jacobi_gives_the_tokens_of_ar(base: Engine, reference: torch.Tensor, wi
     assert sum(result.stats.forward_passes) < 3 * 272
 
 
+def test_what_drafts_start_as_does_not_matter(base: Engine, reference: torch.Tensor) -> None:
+    plain = base.generate(PROMPTS, decoder="jacobi", seed=[7, 8, 9], window=12, repeat_distance=0)
+    repeat = base.generate(PROMPTS, decoder="jacobi", seed=[7, 8, 9], window=12, repeat_distance=34)
+    assert torch.equal(plain.tokens, reference) and torch.equal(repeat.tokens, reference)
+    assert repeat.stats.forward_passes != plain.stats.forward_passes
+
+
 @pytest.mark.parametrize(("window", "levels"), [(6, 2), (24, 4), (64, 7)])
 def test_sjd2_match_gives_the_tokens_of_ar_on_the_tuned_weights(tuned: Engine, window: int, levels: int) -> None:
     expected = tuned.generate(PROMPTS[:2], decoder="ar", seed=1).tokens

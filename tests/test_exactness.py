@@ -48,6 +48,10 @@ CASES = [
     {"decoder": "coupled", "coupling": "gumbel", "window": 2},
     {"decoder": "coupled", "coupling": "gumbel", "window": 4},
     {"decoder": "coupled", "coupling": "gumbel", "window": 6},
+    {"decoder": "jacobi", "window": 4, "repeat_distance": 1},
+    {"decoder": "sjd", "window": 4, "repeat_distance": 1},
+    {"decoder": "coupled", "coupling": "maximal", "window": 4, "repeat_distance": 1},
+    {"decoder": "coupled", "coupling": "gumbel", "window": 4, "repeat_distance": 2},
 ]
 
 

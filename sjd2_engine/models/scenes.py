@@ -28,6 +28,7 @@ DEFAULTS: Mapping[str, Any] = {
     "decoder": "coupled",
     "guidance_scale": 2.0,
     "temperature": 1.0,
+    "repeat_distance": 2 * (GRID + 1),  # grounds repeat every other row of tokens
     "jacobi": {"window": 12},
     "sjd": {"window": 12},
     "coupled": {"window": 12},
