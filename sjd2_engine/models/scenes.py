@@ -26,7 +26,7 @@ MAX_WORDS = 24
 
 DEFAULTS: Mapping[str, Any] = {
     "decoder": "coupled",
-    "guidance_scale": 2.0,
+    "guidance_scale": 1.5,
     "temperature": 1.0,
     "repeat_distance": 2 * (GRID + 1),  # grounds repeat every other row of tokens
     "jacobi": {"window": 12},
