@@ -126,7 +126,7 @@ def test_finetune_makes_a_model_that_sjd2_accepts(untrained: ScenesModel, data: 
     finetune(model, data, tmp_path / "tuned", 1e-4, [3, 2], 0.6, batch=2, compiled=False)
     tuned = Engine.from_pretrained(str(tmp_path / "tuned"), device="cpu")
     config = tuned.config_for("sjd2")
-    assert tuned.is_tuned and (config.denoise_levels, config.t_min) == (3, 0.6)
+    assert tuned.is_tuned and (config.denoise_levels, config.t_min) == (2, 0.6)
     report = json.loads((tmp_path / "tuned" / "run" / "report.json").read_text())
     assert report["steps"] >= 1 and set(report["validation_loss_by_level"]) == {"clean", "level0", "level1", "level2"}
     result = tuned.generate("a ring", decoder="sjd2", window=20)

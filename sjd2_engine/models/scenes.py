@@ -23,16 +23,18 @@ BEGIN = CODES + 1
 BEGIN_IMAGE = CODES + 2
 FIRST_WORD = CODES + 3
 MAX_WORDS = 24
+FASTEST_LEVELS = 2
 
 DEFAULTS: Mapping[str, Any] = {
-    "decoder": "coupled",
+    "decoder": "jacobi",
     "guidance_scale": 1.5,
     "temperature": 1.0,
     "repeat_distance": 2 * (GRID + 1),  # grounds repeat every other row of tokens
-    "jacobi": {"window": 12},
-    "sjd": {"window": 12},
-    "coupled": {"window": 12},
-    "sjd2": {"window": 16},
+    # The fastest windows on two CPU cores, not those with the fewest passes (docs/performance.md).
+    "jacobi": {"window": 16},
+    "sjd": {"window": 16},
+    "coupled": {"window": 16},
+    "sjd2": {"window": 32, "warmup": "noise"},
 }
 
 
@@ -47,7 +49,9 @@ class ScenesModel(ImageModel):
         layout = TokenLayout.raster(GRID, GRID, image_vocab=CODES)
         defaults = dict(DEFAULTS)
         if noise is not None:
-            defaults["sjd2"] = {**DEFAULTS["sjd2"], "denoise_levels": noise.levels, "t_min": noise.t_min}
+            # Small pictures want few levels; the times t_min and 1 belong to every count of them.
+            levels = min(noise.levels, FASTEST_LEVELS)
+            defaults["sjd2"] = {**DEFAULTS["sjd2"], "denoise_levels": levels, "t_min": noise.t_min}
             defaults["decoder"] = "sjd2"
         super().__init__(name, transformer, layout, defaults, noise)
         self.vq = vq
