@@ -285,7 +285,8 @@ def _device(name: str) -> torch.device:
 
 
 def _pictures(model: ImageModel, tokens: Tensor) -> list[Image.Image]:
-    return [Image.fromarray(pixels.cpu().numpy()) for pixels in model.decode_pixels(tokens)]
+    # One at a time: convolutions round differently for other batch sizes, and the picture must not depend on it.
+    return [Image.fromarray(model.decode_pixels(row[None])[0].cpu().numpy()) for row in tokens]
 
 
 def _failures(window: JacobiWindow, first: int) -> list[NumericalError]:
