@@ -8,35 +8,10 @@ from typing import Any
 
 import torch
 
-import sjd2_kernels.ops  # noqa: F401  (registers torch.ops.sjd2)
+from sjd2_kernels import dispatch, ops
 
 from .evaluation import machine
 from .models import bundled_models
-
-# The whole op set: what is not registered yet is done by plain PyTorch code where it is needed.
-OPS = (
-    "embed_window",
-    "perturb",
-    "sample_window",
-    "verify",
-    "commit",
-    "refine",
-    "kv_compact",
-    "qk_norm_rope_cache",
-    "window_attention",
-    "rms_norm",
-    "swiglu",
-)
-
-
-def backend_of(op: str, device: str) -> tuple[str, str]:
-    """Which implementation of an op a tensor on this device ("cpu", "cuda") gets, and why."""
-    name = f"sjd2::{op}"
-    if name not in torch._C._dispatch_get_all_op_names():
-        return "inline", "not an op yet: its callers do it with plain PyTorch"
-    if torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper()):
-        return "kernel", f"a kernel is registered for {device.upper()}"
-    return "reference", f"plain PyTorch: no kernel is registered for {device.upper()}"
 
 
 def devices() -> list[dict[str, Any]]:
@@ -67,11 +42,11 @@ def models() -> list[dict[str, Any]]:
 def examine() -> dict[str, Any]:
     """Everything there is to know, as one JSON-able document."""
     used = list(dict.fromkeys(d["device"].split(":")[0] for d in devices()))
-    ops = [
+    rows = [
         {"op": op, "device": device, "backend": backend, "why": why}
-        for op in OPS
+        for op in ops.NAMES
         for device in used
-        for backend, why in [backend_of(op, device)]
+        for backend, why in [dispatch.choice(op, device)]
     ]
     return {
         "versions": machine.versions(),
@@ -84,7 +59,7 @@ def examine() -> dict[str, Any]:
             "backend": "sdpa",
             "why": "PyTorch's scaled_dot_product_attention: the only one so far",
         },
-        "ops": ops,
+        "ops": rows,
     }
 
 
@@ -109,7 +84,7 @@ def show(facts: dict[str, Any]) -> None:
         about.add_row("bundled model", "none found in the package")
     about.add_row("attention", f"{facts['attention']['backend']} ({facts['attention']['why']})")
     console.print(about)
-    ops = Table("op", "device", "backend", "why", title="Ops", title_justify="left")
+    table = Table("op", "device", "backend", "why", title="Ops", title_justify="left")
     for row in facts["ops"]:
-        ops.add_row(row["op"], row["device"], row["backend"], row["why"])
-    console.print(ops)
+        table.add_row(row["op"], row["device"], row["backend"], row["why"])
+    console.print(table)

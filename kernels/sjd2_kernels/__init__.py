@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from . import ops, reference, rng
+from .dispatch import BACKENDS, NotSupported, backend
 
-__all__ = ["ops", "reference", "rng"]
+__all__ = ["BACKENDS", "NotSupported", "backend", "ops", "reference", "rng"]

@@ -1,18 +1,19 @@
-"""Registration of `torch.ops.sjd2.*`: schemas, the reference as the kernel of every device, fake kernels.
+"""Registration of `torch.ops.sjd2.*`: schemas, what they mutate, fake kernels; `dispatch` picks the implementation.
 
-A device's own kernel is registered for its dispatch key and then goes before the reference. The schemas
-hold raw tensors and scalars only, and every op makes a fixed number of random draws, so that each can
+The schemas hold raw tensors and scalars only, and every op makes a fixed number of random draws, so that each can
 be one fused kernel and part of a captured graph.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from . import reference
+from . import dispatch
 
-NAMES = ("embed_window", "perturb", "sample_window", "verify", "commit", "refine")
+NAMES = tuple(dispatch.TRITON)
 
 _library = torch.library.Library("sjd2", "DEF")
 _library.define(
@@ -44,8 +45,21 @@ _library.define(
     "Tensor(e!)? noisy, Tensor? table, Tensor? mean, Tensor? std, Tensor? ratios, Tensor? noise, "
     "Tensor? directions, Tensor seeds, int fresh_level) -> ()"
 )
+_library.define("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual) -> Tensor")
+_library.define("swiglu(Tensor gate_up) -> Tensor")
+_library.define(
+    "qk_norm_rope_cache(Tensor qkv, Tensor cos, Tensor sin, Tensor lengths, Tensor(a!) keys, Tensor(b!) values, "
+    "Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, int norm, float eps, int front) -> Tensor"
+)
+_library.define(
+    "window_attention(Tensor q, Tensor keys, Tensor values, Tensor lengths, Tensor? levels, int front, "
+    "float scale) -> Tensor"
+)
+_library.define(
+    "kv_compact(Tensor(a!) keys, Tensor(b!) values, Tensor lengths, Tensor source, Tensor counts, int front) -> ()"
+)
 for _name in NAMES:
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    _library.impl(_name, partial(dispatch.run, _name), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("sjd2::embed_window", lib=_library)
@@ -79,6 +93,31 @@ def _(*_: object) -> None: ...
 
 
 @torch.library.register_fake("sjd2::refine", lib=_library)
+def _(*_: object) -> None: ...
+
+
+@torch.library.register_fake("sjd2::rms_norm", lib=_library)
+def _(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("sjd2::swiglu", lib=_library)
+def _(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+@torch.library.register_fake("sjd2::qk_norm_rope_cache", lib=_library)
+def _(qkv: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, keys: Tensor, *_: object) -> Tensor:
+    rows, width, heads, dim = qkv.shape
+    return qkv.new_empty(rows, width, heads - 2 * keys.shape[2], dim)
+
+
+@torch.library.register_fake("sjd2::window_attention", lib=_library)
+def _(q: Tensor, *_: object) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("sjd2::kv_compact", lib=_library)
 def _(*_: object) -> None: ...
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import rng
+from .. import rng
 
 # How drafts are verified (`rule`).
 MATCH = 0  # a clean draft passes when it equals the new draw
