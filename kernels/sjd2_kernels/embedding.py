@@ -43,20 +43,20 @@ def _embed_window_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < dim
     token = tl.load(tokens_ptr + row)
+    out = out_ptr + row.to(tl.int64) * dim + columns
     dirty = slot < 0
     if noisy_ptr is not None:
         dirty = (slot > 0) & (tl.load(levels_ptr + row) >= 0)
-    out = out_ptr + row.to(tl.int64) * dim + columns
-    if dirty:
-        # Rows of noisy hold no slot 0.
-        noisy = tl.load(noisy_ptr + (row - image - 1).to(tl.int64) * dim + columns, mask=inside)
-        mean = tl.load(mean_ptr + columns, mask=inside)
-        std = tl.load(std_ptr + columns, mask=inside)
-        tl.store(out, tl.fma(noisy, std, mean).to(out_ptr.dtype.element_ty), mask=inside)
-    elif (slot == 0) & (token < 0):
+        if dirty:
+            # Rows of noisy hold no slot 0.
+            noisy = tl.load(noisy_ptr + (row - image - 1).to(tl.int64) * dim + columns, mask=inside)
+            mean = tl.load(mean_ptr + columns, mask=inside)
+            std = tl.load(std_ptr + columns, mask=inside)
+            tl.store(out, tl.fma(noisy, std, mean).to(out_ptr.dtype.element_ty), mask=inside)
+    if (slot == 0) & (token < 0):
         start = tl.load(start_ptr + image.to(tl.int64) * dim + columns, mask=inside)
         tl.store(out, start.to(out_ptr.dtype.element_ty), mask=inside)
-    else:
+    elif ~dirty:
         clean = tl.load(table_ptr + tl.maximum(token, 0) * dim + columns, mask=inside)
         tl.store(out, clean, mask=inside)
 
