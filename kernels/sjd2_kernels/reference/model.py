@@ -21,10 +21,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
 
     With `residual` [..., D] it becomes residual + x (in place, rounded to its dtype) and that sum is normalised.
     """
+    wide = x.float()
     if residual is not None:
         residual += x
-        x = residual
-    wide = x.float()
+        wide = residual.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale * weight.float()).to(x.dtype)
 
@@ -90,7 +90,7 @@ def window_attention(
     keys, values = (x.float().masked_fill(~valid, 0.0).repeat_interleave(heads // kv_heads, 2) for x in (keys, values))
     scores = torch.einsum("rthd,rshd->rhts", q.float(), keys) * scale
     weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
-    return torch.einsum("rhts,rshd->rthd", weights, values).to(q.dtype)
+    return torch.einsum("rhts,rshd->rthd", weights, values).to(q.dtype).contiguous()
 
 
 def kv_compact(keys: Tensor, values: Tensor, lengths: Tensor, source: Tensor, counts: Tensor, front: int) -> None:
