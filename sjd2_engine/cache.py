@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .attention import masked_attention
 from .transformer import Transformer, TransformerConfig
+
+
+def cache_bytes(config: TransformerConfig, rows: int, capacity: int, levels: int, dtype: torch.dtype) -> int:
+    """Memory of a StaticCache of that size."""
+    per_slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return rows * (levels + capacity) * per_slot
 
 
 class StaticCache:
@@ -15,6 +23,9 @@ class StaticCache:
     Entries beyond a row's length are stale: never attended to, overwritten by the next pass. To roll back is
     to leave `lengths` where they are. The first `levels` slots hold the timestep keys, one per noise level:
     each noisy query sees the one of its own level, clean queries see none (SJD2, arXiv 2510.08994).
+
+    An entry's position for rotation is its place among the row's entries, plus the row's entry of `offsets` int32
+    [R] where that is not None: for prompts that end, instead of begin, at a fixed position.
     """
 
     def __init__(
@@ -25,6 +36,7 @@ class StaticCache:
         levels: int,
         device: torch.device,
         dtype: torch.dtype,
+        offsets: Sequence[int] | None = None,
     ) -> None:
         shape = (
             config.num_hidden_layers,
@@ -36,6 +48,7 @@ class StaticCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, device=device, dtype=torch.int32)
+        self.offsets = None if offsets is None else torch.tensor(offsets, device=device, dtype=torch.int32)
         self.levels, self.capacity = levels, capacity
 
     def write_timesteps(self, model: Transformer, encodings: Tensor) -> None:
@@ -72,7 +85,8 @@ class StaticCache:
             end = self.levels + depth
             return masked_attention(q, keys[:, :end], values[:, :end], mask)
 
-        return model(embeds, positions, attend)
+        rotary = positions if self.offsets is None else positions + self.offsets[:, None]
+        return model(embeds, rotary, attend)
 
     def _mask(self, positions: Tensor, levels: Tensor | None, depth: int, dtype: torch.dtype) -> Tensor:
         hidden = torch.arange(depth, device=positions.device) > positions[:, :, None]

@@ -80,6 +80,12 @@ MaxBatch = Annotated[int | None, typer.Option(help="Most images decoded together
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Specs = Annotated[str, typer.Option(help="Comma-separated; each name[@base|@sjd2][:option]…")]
+ImageSize = Annotated[
+    str | None, typer.Option(help="Pixels: HEIGHTxWIDTH, or one number for squares (default: the model's).")
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read tensors, and nothing else, from pickled checkpoints too.")
+]
 PromptFile = Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")]
 
 
@@ -94,10 +100,21 @@ def _at_least_one(**counts: int) -> None:
             raise ConfigError(f"--{name} is {value}; expected at least 1")
 
 
-def _engine(model: str, device: str, dtype: str):
+def _pixels(text: str | None) -> tuple[int, int] | int | None:
+    """ "512x768" -> (512, 768), "512" -> 512."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.strip().isdigit() for side in sides):
+        raise ConfigError(f"--image-size is {text!r}; expected HEIGHTxWIDTH in pixels, like 512x768, or one number")
+    return int(text) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+def _engine(model: str, device: str, dtype: str, image_size: str | None = None, allow_pickle: bool = False):
     from .engine import Engine
 
-    return Engine.from_pretrained(model, device=device, dtype=dtype)
+    size = _pixels(image_size)
+    return Engine.from_pretrained(model, device=device, dtype=dtype, image_size=size, allow_pickle=allow_pickle)
 
 
 def _progress(label: str, unit: str):
@@ -140,6 +157,8 @@ def generate(
     max_batch: MaxBatch = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    image_size: ImageSize = None,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Draw one picture per prompt. Finished pictures of an interrupted run are not drawn again."""
     from .evaluation.prompts import read_prompts
@@ -155,7 +174,7 @@ def generate(
         top_p=top_p, verification=verification, coupling=coupling, negative_prompt=negative_prompt,
         max_batch=max_batch,
     )  # fmt: skip
-    for line in draw(_engine(model, device, dtype), texts, out, decoder, seed, options):
+    for line in draw(_engine(model, device, dtype, image_size, allow_pickle), texts, out, decoder, seed, options):
         typer.echo(line)
 
 
@@ -174,6 +193,8 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Timed decodes per prompt and decoder.")] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    image_size: ImageSize = None,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Compare decoders on the same prompts and seeds: forward passes, seconds, memory, pictures."""
     from .evaluation.specs import parse_specs
@@ -187,7 +208,8 @@ def bench(
     from .evaluation.prompts import Case, read_prompts, scene_cases
 
     names = {"base": model, "sjd2": tuned or f"{model}-sjd2"}
-    engines = {w: _engine(names[w], device, dtype) for w in dict.fromkeys(spec.weights for spec in specs)}
+    places = (device, dtype, image_size, allow_pickle)
+    engines = {w: _engine(names[w], *places) for w in dict.fromkeys(spec.weights for spec in specs)}
     cases = [Case(text) for text in read_prompts(prompt_file)] if prompt_file else scene_cases(prompts, seed)
     plan = comparison.Plan(cases[:prompts], seed, batch, warmup, repeats)
     rows = comparison.contenders(specs, engines)
@@ -278,16 +300,28 @@ def finetune(
 
 @app.command()
 def doctor(
+    model: Annotated[str | None, typer.Argument(help="A model to examine instead, without loading it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
+    dtype: Dtype = "auto",
+    image_size: ImageSize = None,
+    batch: Annotated[int, typer.Option(help="Pictures decoded together.")] = 1,
+    allow_pickle: AllowPickle = False,
 ) -> None:
-    """Versions, devices, bundled models, and which backend each op uses and why."""
+    """Versions, devices, bundled models, and which backend each op uses and why; or what a MODEL is and needs."""
+    _at_least_one(batch=batch)
     from . import doctor as examination
 
-    facts = examination.examine()
+    if model is None:
+        facts, show = examination.examine(), examination.show
+    else:
+        from .models import LoadOptions
+
+        options = LoadOptions(_pixels(image_size), allow_pickle)
+        facts, show = examination.examine_model(model, options, dtype, batch), examination.show_model
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
-        examination.show(facts)
+        show(facts)
 
 
 def main() -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from sjd2_kernels import dispatch, ops
 
+from .config import DECODERS, DecodeConfig
+from .engine import DTYPES
+from .errors import ConfigError
 from .evaluation import machine
-from .models import bundled_models
+from .memory import decode_memory, parameters
+from .models import LoadOptions, bundled_models, describe_model
 
 
 def devices() -> list[dict[str, Any]]:
@@ -61,6 +66,58 @@ def examine() -> dict[str, Any]:
         },
         "ops": rows,
     }
+
+
+def examine_model(name: str, options: LoadOptions, dtype: str = "auto", batch: int = 1) -> dict[str, Any]:
+    """What a model is and how much memory decoding it takes, without reading its weights.
+
+    Raises CheckpointError for what is unknown, missing or damaged, ConfigError for an unknown dtype.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r}: expected 'auto' or one of {', '.join(DTYPES)}")
+    facts = describe_model(name, options)
+    sizes, (height, width) = facts.transformer, facts.image_size
+    memory = {}
+    for decoder in DECODERS:
+        config = DecodeConfig.build(facts.defaults, decoder=decoder)
+        need = decode_memory(facts, config, DTYPES[dtype], batch, device)
+        memory[decoder] = {"window": config.width, **asdict(need), "total": need.total}
+    return {
+        "model": name,
+        "family": facts.family,
+        "parameters": parameters(facts),
+        "layers": sizes.num_hidden_layers,
+        "hidden_size": sizes.hidden_size,
+        "heads": f"{sizes.num_attention_heads} ({sizes.num_key_value_heads} for keys and values)",
+        "image_size": f"{height}x{width} px (height x width)",
+        "tokens": f"{len(facts.layout)} ({facts.layout.image_count} free), codebook {facts.image_vocabulary}",
+        "tuned_for_sjd2": facts.noise is not None,
+        "dtype": dtype,
+        "batch": batch,
+        "memory_bytes": memory,
+    }
+
+
+def show_model(facts: dict[str, Any]) -> None:
+    """Print what `examine_model` found as tables on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    about = Table("", "", show_header=False, box=None)
+    for name, value in facts.items():
+        if name != "memory_bytes":
+            about.add_row(name.replace("_", " "), f"{value:,}" if name == "parameters" else str(value))
+    console.print(about)
+    title = f"Memory of a decode in MiB, {facts['batch']} picture(s), {facts['dtype']}"
+    columns = ("weights", "cache", "window_state", "one_pass", "total")
+    table = Table("decoder", "window", *(c.replace("_", " ") for c in columns), title=title, title_justify="left")
+    for decoder, need in facts["memory_bytes"].items():
+        table.add_row(decoder, str(need["window"]), *(f"{need[c] / 2**20:,.1f}" for c in columns))
+    console.print(table)
 
 
 def show(facts: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from .cache import StaticCache
 from .config import DecodeConfig
 from .errors import BackendError, CheckpointError, ConfigError, NumericalError, PromptError
 from .linear import pack_linears
-from .models import ImageModel, load_model
+from .models import ImageModel, LoadOptions, load_model
 from .schedule import embedding_statistics, noise_times, timestep_encodings
 from .window import JacobiWindow
 
@@ -77,36 +77,40 @@ class Decode:
         embedding = transformer.embedding
         self.model, self.transformer, self.batch = model, transformer, len(prompts)
         self.guided = config.guidance_scale != 1.0
-        ids = [model.encode_prompt(text) for text in prompts]
+        given = [model.prompt_embeds(text) for text in prompts]
         if self.guided:
-            ids += [model.encode_prompt(config.negative_prompt)] * self.batch
+            given += [model.unconditional_embeds(text, config.negative_prompt) for text in prompts]
+        offsets = [model.position_offset(len(row)) for row in given]
         levels = config.denoise_levels if config.uses_noise else 0
-        capacity = max(map(len, ids)) - 1 + len(model.layout) + config.width
-        limit = transformer.config.max_position_embeddings
+        capacity = max(map(len, given)) - 1 + len(model.layout) + config.width
+        limit = transformer.cos.shape[0] - max(offsets)
         if capacity > limit:
             raise ConfigError(
                 f"window={config.window} needs {capacity} positions with this prompt, the model has {limit}; "
                 f"use a window of at most {config.width - capacity + limit}"
             )
         device, dtype = embedding.device, embedding.dtype
-        self.cache = StaticCache(transformer.config, len(ids), capacity, levels, device, dtype)
+        self.cache = StaticCache(
+            transformer.config, len(given), capacity, levels, device, dtype, offsets if any(offsets) else None
+        )
         if levels:
-            mean, std = embedding_statistics(embedding, transformer.head.out_features)
+            mean, std = embedding_statistics(embedding, transformer.image_vocabulary)
             times = noise_times(levels, config.t_min).to(device)
             self.cache.write_timesteps(transformer, timestep_encodings(times, mean, std))
-        self._prefill(ids)
-        last = torch.tensor([row[-1] for row in ids[: self.batch]], device=device)
-        self.window = JacobiWindow(
-            config, model.layout, embedding, embedding[last], seeds=seeds, kv_lengths=self.cache.lengths
-        )
+        self._prefill(given)
+        last = torch.stack([row[-1] for row in given])
+        start, other = last[: self.batch], last[self.batch :]
+        # Most families end both prompts alike: then both rows of guidance have the same inputs throughout.
+        self._other_start = other[:, None] if self.guided and not torch.equal(start, other) else None
+        self.window = JacobiWindow(config, model.layout, embedding, start, seeds=seeds, kv_lengths=self.cache.lengths)
 
-    def _prefill(self, ids: list[list[int]]) -> None:
-        """Cache every prompt but its last token; shorter rows carry padding that the window overwrites."""
-        device = self.transformer.embedding.device
-        longest = max(map(len, ids)) - 1
-        padded = torch.tensor([(row[:-1] + [row[0]] * longest)[:longest] for row in ids], device=device)
-        self.cache.forward(self.transformer, self.transformer.embedding[padded])
-        self.cache.lengths.copy_(torch.tensor([len(row) - 1 for row in ids], dtype=torch.int32))
+    def _prefill(self, prompts: list[Tensor]) -> None:
+        """Cache every prompt [P, D] but its last entry; shorter rows carry padding that the window overwrites."""
+        lengths = [len(row) - 1 for row in prompts]
+        if any(lengths):
+            padded = torch.nn.utils.rnn.pad_sequence([row[:-1] for row in prompts], batch_first=True)
+            self.cache.forward(self.transformer, padded)
+        self.cache.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
 
     def step(self) -> Tensor:
         """One forward pass and everything after it; returns accepted counts int32 [B]."""
@@ -114,7 +118,10 @@ class Decode:
         embeds, levels = inputs.embeds, inputs.levels if self.cache.levels else None
         assert embeds is not None
         if self.guided:
-            embeds = torch.cat([embeds, embeds])
+            other = embeds
+            if self._other_start is not None:
+                other = torch.where((inputs.positions == -1)[..., None], self._other_start, embeds)
+            embeds = torch.cat([embeds, other])
             levels = None if levels is None else torch.cat([levels, levels])
         logits = self.transformer.head(self.cache.forward(self.transformer, embeds, levels))
         if self.guided:
@@ -135,13 +142,20 @@ class Engine:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str, device: str = "auto", dtype: str = "auto", attention: str = "auto"
+        cls,
+        name_or_path: str,
+        device: str = "auto",
+        dtype: str = "auto",
+        attention: str = "auto",
+        image_size: tuple[int, int] | int | None = None,
+        allow_pickle: bool = False,
     ) -> Engine:
         """Load a bundled model, a folder or a hub id.
 
         device: "auto" (CUDA where there is one), "cpu", "cuda". dtype: "auto" (bfloat16 on CUDA, else float32),
-        "float32", "bfloat16", "float16". attention: "auto" or "sdpa". Raises CheckpointError, BackendError,
-        ConfigError.
+        "float32", "bfloat16", "float16". attention: "auto" or "sdpa". image_size: (height, width) of pictures in
+        pixels, or one number for squares; None = the model's own. allow_pickle: read tensors, and nothing else,
+        from pickled files too. Raises CheckpointError, BackendError, ConfigError.
         """
         if attention not in ("auto", "sdpa"):
             raise ConfigError(f"attention={attention!r}: expected 'auto' or 'sdpa'")
@@ -149,7 +163,7 @@ class Engine:
         if dtype != "auto" and dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype!r}: expected 'auto' or one of {', '.join(DTYPES)}")
         kind = DTYPES.get(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-        return cls(load_model(name_or_path, place, kind))
+        return cls(load_model(name_or_path, place, kind, LoadOptions(image_size, allow_pickle)))
 
     @property
     def model_name(self) -> str:

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` without bias whose float32 weight [out, in] is kept in oneDNN's blocked layout."""
+    """`nn.Linear` whose float32 weight [out, in] is kept in oneDNN's blocked layout."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         # No buffer: the layout has no storage that could be moved, saved or cast.
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -30,8 +31,8 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace every bias-free `nn.Linear` that can be packed, in place; for inference only."""
+    """Replace every `nn.Linear` that can be packed, in place; for inference only."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and child.bias is None and can_pack(child.weight):
-                setattr(module, name, PackedLinear(child.weight))
+            if isinstance(child, nn.Linear) and can_pack(child.weight):
+                setattr(module, name, PackedLinear(child.weight, child.bias))

@@ -1,7 +1,7 @@
 """The decoder core: a Llama block with fused projections, written once for training, prefill and windows.
 
 A caller supplies `attend`, the only part that differs between the three: training attends inside the sequence,
-prefill and windows attend to the static cache.
+prefill and windows attend to the static cache. Families other than Llama differ by a few knobs of the config.
 """
 
 from __future__ import annotations
@@ -15,10 +15,18 @@ from torch import Tensor, nn
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
+LAYER_NORM_EPS = 1e-5  # of query and key norms, the same in every checkpoint that has them
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of a decoder; names follow transformers' LlamaConfig."""
+    """Sizes of a decoder; names follow transformers' LlamaConfig, and the defaults are Llama.
+
+    qk_norm      norm of each head's queries and keys before rotation: "none", "rms", or "layer" (with bias)
+    post_norm    norms stand behind attention and MLP, inside the residual branch, instead of before them
+    qkv_bias     the query, key and value projections have biases
+    head_hidden  width of a two-layer output head (linear, GELU, linear, with biases); 0 = one matrix
+    """
 
     hidden_size: int
     num_hidden_layers: int
@@ -29,6 +37,10 @@ class TransformerConfig:
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int
+    qk_norm: str = "none"
+    post_norm: bool = False
+    qkv_bias: bool = False
+    head_hidden: int = 0
 
 
 def rope_table(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -47,37 +59,62 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and SwiGLU; the query, key, value and the gate, up projections are one matrix each."""
+    """Attention and SwiGLU; the query, key, value and the gate, up projections are one matrix each.
+
+    `qk_weight` and `qk_bias` [H + Hkv, head_dim] are those of the query heads, then of the key heads.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         width, dim = config.hidden_size, config.head_dim
-        rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * dim
+        normed_heads = config.num_attention_heads + config.num_key_value_heads
+        rows = (normed_heads + config.num_key_value_heads) * dim
         self.attention_norm = nn.Parameter(torch.ones(width))
-        self.qkv = nn.Linear(width, rows, bias=False)
+        self.qkv = nn.Linear(width, rows, bias=config.qkv_bias)
+        if config.qk_norm != "none":
+            self.qk_weight = nn.Parameter(torch.ones(normed_heads, dim))
+        if config.qk_norm == "layer":
+            self.qk_bias = nn.Parameter(torch.zeros(normed_heads, dim))
         self.out = nn.Linear(config.num_attention_heads * dim, width, bias=False)
         self.mlp_norm = nn.Parameter(torch.ones(width))
         self.gate_up = nn.Linear(width, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
+        if self.config.post_norm:
+            x = x + self._norm(self._attention(x, cos, sin, layer, attend), self.attention_norm)
+            return x + self._norm(self._mlp(x), self.mlp_norm)
+        x = x + self._attention(self._norm(x, self.attention_norm), cos, sin, layer, attend)
+        return x + self._mlp(self._norm(x, self.mlp_norm))
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], weight, self.config.rms_norm_eps)
+
+    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        norm = F.rms_norm(x, x.shape[-1:], self.attention_norm, self.config.rms_norm_eps)
-        qkv = self.qkv(norm).view(*x.shape[:2], heads + 2 * kv_heads, self.config.head_dim)
-        rotated = rotate(qkv[:, :, : heads + kv_heads], cos, sin)
+        qkv = self.qkv(x).view(*x.shape[:2], heads + 2 * kv_heads, self.config.head_dim)
+        rotated = rotate(self._qk_normed(qkv[:, :, : heads + kv_heads]), cos, sin)
         attended = attend(layer, rotated[:, :, :heads], rotated[:, :, heads:], qkv[:, :, heads + kv_heads :])
-        x = x + self.out(attended.flatten(2))
-        norm = F.rms_norm(x, x.shape[-1:], self.mlp_norm, self.config.rms_norm_eps)
-        gate, up = self.gate_up(norm).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+        return self.out(attended.flatten(2))
+
+    def _qk_normed(self, qk: Tensor) -> Tensor:
+        if self.config.qk_norm == "rms":
+            return F.rms_norm(qk, qk.shape[-1:], None, self.config.rms_norm_eps) * self.qk_weight
+        if self.config.qk_norm == "layer":
+            return F.layer_norm(qk, qk.shape[-1:], None, None, LAYER_NORM_EPS) * self.qk_weight + self.qk_bias
+        return qk
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
 
 
 class Transformer(nn.Module):
     """Embeddings in, hidden states out; the head gives logits over image ids only.
 
-    `embedding` is the input table [image ids + structure ids + words, D], image codes first, so that local ids of
-    images and structure tokens are rows of it. `head` is [image ids, D].
+    `embedding` is the input table [vocabulary, D]: image ids, then structure ids, then everything else, so that
+    the local ids of images and structure tokens are rows of it. `head` maps D to `image_vocabulary`.
     """
 
     cos: Tensor
@@ -85,21 +122,41 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TransformerConfig, vocabulary: int, image_vocabulary: int) -> None:
         super().__init__()
-        self.config = config
-        self.embedding = nn.Parameter(torch.empty(vocabulary, config.hidden_size))
+        self.config, self.image_vocabulary = config, image_vocabulary
+        width, hidden = config.hidden_size, config.head_hidden
+        self.embedding = nn.Parameter(torch.empty(vocabulary, width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.Parameter(torch.ones(config.hidden_size))
-        self.head = nn.Linear(config.hidden_size, image_vocabulary, bias=False)
-        cos, sin = rope_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        self.norm = nn.Parameter(torch.ones(width))
+        if hidden:
+            self.head = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, image_vocabulary))
+        else:
+            self.head = nn.Linear(width, image_vocabulary, bias=False)
+        self.set_rope(*rope_table(config.max_position_embeddings, config.head_dim, config.rope_theta))
+
+    def set_rope(self, cos: Tensor, sin: Tensor) -> None:
+        """Rotate by these float32 tables [positions, head_dim], sine signed as in `rope_table`."""
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+
+    @classmethod
+    def outline(cls, config: TransformerConfig, vocabulary: int, image_vocabulary: int) -> Transformer:
+        """A model without storage, for shapes and counts; `allocate` gives it some."""
+        with torch.device("meta"):
+            return cls(config, vocabulary, image_vocabulary)
+
+    def allocate(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Give an outline uninitialised weights, and the default rotary tables in float32."""
+        self.to(dtype).to_empty(device=device)
+        config = self.config
+        cos, sin = rope_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
+        self.set_rope(cos.to(device), sin.to(device))
 
     def initialise(self, seed: int) -> None:
         """Normal weights of deviation 0.02, with residual outputs scaled down by depth (GPT-2)."""
         generator = torch.Generator().manual_seed(seed)
         depth = (2 * self.config.num_hidden_layers) ** -0.5
         for name, weight in self.named_parameters():
-            if weight.dim() == 2:
+            if weight.dim() == 2 and not name.endswith(("qk_weight", "qk_bias")):
                 scale = depth if name.endswith(("out.weight", "down.weight")) else 1.0
                 nn.init.normal_(weight, std=0.02 * scale, generator=generator)
 

@@ -17,7 +17,7 @@ FLOORS = {
     2: {"transformer", "attention", "cache", "linear", "models"},
     3: {"window", "decoders", "graphs"},
     4: {"engine"},
-    5: {"cli", "serve", "generation", "doctor"},
+    5: {"cli", "serve", "generation", "doctor", "memory"},
 }
 BESIDE = {"training", "evaluation", "scenes"}  # use floors 1 to 4 and each other, are used only by the faces
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -87,12 +87,12 @@ def test_an_unknown_model_is_named(command: list[str], tmp_path: Path) -> None:
 
 
 def test_doctor_names_every_op_and_its_backend() -> None:
-    from sjd2_engine.doctor import OPS
+    from sjd2_kernels.ops import NAMES
 
     result = sjd2("doctor", "--json")
     assert result.exit_code == 0, result.exception
     facts = json.loads(result.stdout)
-    assert {row["op"] for row in facts["ops"]} == set(OPS)
+    assert {row["op"] for row in facts["ops"]} == set(NAMES)
     assert all(row["backend"] and row["why"] for row in facts["ops"])
     assert facts["devices"][-1]["device"] == "cpu" and "torch" in facts["versions"]
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..errors import CheckpointError, ConfigError
 from ..layout import TokenLayout
-from ..transformer import Transformer
+from ..transformer import Transformer, TransformerConfig
+from .weights import read_json
 
 
 @dataclass(frozen=True)
@@ -21,26 +25,107 @@ class NoiseTraining:
     t_min: float
 
 
+def read_noise(folder: Path) -> NoiseTraining | None:
+    """What fine-tuning for sjd2 left in a checkpoint folder; None for weights that never saw noise."""
+    path = folder / "sjd2.json"
+    if not path.exists():
+        return None
+    trained = read_json(path)
+    try:
+        return NoiseTraining(int(trained["levels"]), float(trained["t_min"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} needs the numbers 'levels' and 't_min' ({error!r})") from None
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a user may say about loading.
+
+    image_size     (height, width) in pixels, or one number for squares; None = the family's or checkpoint's
+    allow_pickle   read tensors from pickled files where there are no safetensors
+    """
+
+    image_size: tuple[int, int] | int | None = None
+    allow_pickle: bool = False
+
+    def size(self, default: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) in pixels; raises ConfigError for what is no size."""
+        value = default if self.image_size is None else self.image_size
+        pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+        if len(pair) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in pair):
+            raise ConfigError(f"image_size={value!r}: expected pixels, one number or (height, width)")
+        return pair[0], pair[1]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a checkpoint folder says of a model before any weight is read.
+
+    family             the name users see
+    transformer        sizes of the core
+    vocabulary         rows of its input table
+    image_vocabulary   V, how many of them are image ids
+    image_size         (height, width) in pixels
+    layout             forced and free positions of a picture of that size
+    defaults           options of DecodeConfig, and mappings of them by decoder name
+    prompt_length      inputs of a prompt of usual length, for estimates of memory
+    pixel_parameters   numbers in the picture tokenizer and other parts beside the core, held in float32
+    noise              how the weights were tuned for sjd2; None = they were not
+    """
+
+    family: str
+    transformer: TransformerConfig
+    vocabulary: int
+    image_vocabulary: int
+    image_size: tuple[int, int]
+    layout: TokenLayout
+    defaults: Mapping[str, Any]
+    prompt_length: int
+    pixel_parameters: int
+    noise: NoiseTraining | None = None
+
+
+def tuned_defaults(defaults: Mapping[str, Any], noise: NoiseTraining | None) -> Mapping[str, Any]:
+    """A family's default options, with the noise levels that the weights were trained on."""
+    if noise is None:
+        return defaults
+    special = {**defaults.get("sjd2", {}), "denoise_levels": noise.levels, "t_min": noise.t_min}
+    return {**defaults, "decoder": "sjd2", "sjd2": special}
+
+
 class ImageModel(ABC):
-    """A loaded text-to-image model: text to ids, a transformer over them, image tokens to pixels."""
+    """A loaded text-to-image model: text to input embeddings, a transformer over them, image tokens to pixels.
 
-    family: ClassVar[str]
+    A family implements `encode_prompt` and `decode_pixels`, and overrides the others where it differs: the
+    unconditional inputs come from the negative prompt, and positions count from the prompt's first token.
+    """
 
-    def __init__(
-        self,
-        name: str,
-        transformer: Transformer,
-        layout: TokenLayout,
-        defaults: Mapping[str, Any],
-        noise: NoiseTraining | None,
-    ) -> None:
-        self.name, self.transformer, self.layout = name, transformer, layout
-        self.defaults, self.noise = defaults, noise
+    def __init__(self, name: str, transformer: Transformer, facts: ModelFacts) -> None:
+        self.name, self.transformer, self.facts = name, transformer, facts
+        self.family, self.layout = facts.family, facts.layout
+        self.defaults, self.noise = facts.defaults, facts.noise
 
     @abstractmethod
     def encode_prompt(self, text: str) -> list[int]:
-        """Rows of the transformer's embedding for a prompt; "" is the unconditional one. Raises PromptError."""
+        """Ids of a prompt; rows of the input table unless `prompt_embeds` is overridden. Raises PromptError."""
 
     @abstractmethod
     def decode_pixels(self, tokens: Tensor) -> Tensor:
         """Pixels uint8 [B, height, width, 3] of image tokens int64 [B, n], forced tokens left out."""
+
+    def prompt_embeds(self, text: str) -> Tensor:
+        """Everything that comes before the picture's first token: [P, D] in the input table's dtype, P >= 1."""
+        return self.rows(self.encode_prompt(text))
+
+    def unconditional_embeds(self, text: str, negative_prompt: str) -> Tensor:
+        """The same for the row that guidance leads away from: [P', D], P' >= 1. `text` is the positive prompt."""
+        return self.prompt_embeds(negative_prompt)
+
+    def position_offset(self, length: int) -> int:
+        """Rotary position of a prompt's first entry, for a prompt of `length` entries."""
+        return 0
+
+    def rows(self, ids: list[int]) -> Tensor:
+        """Rows [n, D] of the input table."""
+        table = self.transformer.embedding
+        return table[torch.tensor(ids, dtype=torch.int64, device=table.device)]

@@ -1,4 +1,4 @@
-"""Weights in transformers' Llama format: read into the fused core, and written from it."""
+"""Weights in transformers' Llama format: sizes and names for every family built on it, and the writer."""
 
 from __future__ import annotations
 
@@ -7,113 +7,94 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
 from ..transformer import Transformer, TransformerConfig
+from .weights import Rows, Sources
+
+NOT_LLAMA = ("qk_norm", "post_norm", "qkv_bias", "head_hidden")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a checkpoint folder; CheckpointError names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the folder is not a complete checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch the checkpoint again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-    return value
+def transformer_config(config: dict[str, Any], path: Path, **knobs: Any) -> TransformerConfig:
+    """Sizes from a Llama config.json, in the 4.x and the 5.x spelling of the rotary base.
 
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; CheckpointError names the file."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the folder is not a complete checkpoint")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); fetch the checkpoint again") from error
-
-
-def transformer_config(config: dict[str, Any], path: Path) -> TransformerConfig:
-    """Sizes from a Llama config.json, in the 4.x and the 5.x spelling of the rotary base."""
-    rope = config.get("rope_parameters") or {}
+    `knobs` set the fields in which a family differs from Llama, or override what config.json says.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind != "default":
+        raise CheckpointError(f"{path} asks for rotary scaling of type {kind!r}: only plain rotary positions are known")
     try:
         heads = int(config["num_attention_heads"])
-        return TransformerConfig(
-            hidden_size=int(config["hidden_size"]),
-            num_hidden_layers=int(config["num_hidden_layers"]),
-            num_attention_heads=heads,
-            num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-            intermediate_size=int(config["intermediate_size"]),
-            rms_norm_eps=float(config["rms_norm_eps"]),
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-            max_position_embeddings=int(config["max_position_embeddings"]),
-        )
+        fields: dict[str, Any] = {
+            "hidden_size": int(config["hidden_size"]),
+            "num_hidden_layers": int(config["num_hidden_layers"]),
+            "num_attention_heads": heads,
+            "num_key_value_heads": int(config.get("num_key_value_heads") or heads),
+            "head_dim": int(config.get("head_dim") or config["hidden_size"] // heads),
+            "intermediate_size": int(config["intermediate_size"]),
+            "rms_norm_eps": float(config["rms_norm_eps"]),
+            "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+            "max_position_embeddings": int(config["max_position_embeddings"]),
+        }
     except KeyError as error:
         raise CheckpointError(f"{path} has no entry {error}, expected a Llama configuration") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds an entry that is no number ({error})") from None
+    return TransformerConfig(**{**fields, **knobs})
 
 
-def _names(layers: int) -> dict[str, list[str]]:
-    """Core parameter -> the Llama tensors that make it up, stacked by rows."""
-    names = {"embedding": ["model.embed_tokens.weight"], "norm": ["model.norm.weight"]}
-    for i in range(layers):
-        old, new = f"model.layers.{i}.", f"blocks.{i}."
-        names[new + "attention_norm"] = [old + "input_layernorm.weight"]
-        names[new + "qkv.weight"] = [f"{old}self_attn.{part}_proj.weight" for part in "qkv"]
-        names[new + "out.weight"] = [old + "self_attn.o_proj.weight"]
-        names[new + "mlp_norm"] = [old + "post_attention_layernorm.weight"]
-        names[new + "gate_up.weight"] = [old + "mlp.gate_proj.weight", old + "mlp.up_proj.weight"]
-        names[new + "down.weight"] = [old + "mlp.down_proj.weight"]
+def llama_sources(
+    config: TransformerConfig,
+    prefix: str = "model.",
+    embedding: Tensor | None = None,
+    head: str | None = "lm_head.weight",
+    image_rows: Tensor | None = None,
+) -> dict[str, list[Rows | Tensor]]:
+    """Core parameter -> the stored tensors that make it up, under transformers' names below `prefix`.
+
+    embedding: order of the input table's rows, int64. head: name of the output matrix; None where the family fills
+    in `head.*` itself. image_rows: rows of the head that are image ids. Families change entries for what they
+    store in other ways.
+    """
+    names: dict[str, list[Rows | Tensor]] = {
+        "embedding": [Rows(prefix + "embed_tokens.weight", embedding)],
+        "norm": [Rows(prefix + "norm.weight")],
+    }
+    if head is not None:
+        names["head.weight"] = [Rows(head, image_rows)]
+    for i in range(config.num_hidden_layers):
+        old, new = f"{prefix}layers.{i}.", f"blocks.{i}."
+        names[new + "attention_norm"] = [Rows(old + "input_layernorm.weight")]
+        for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
+            names[f"{new}qkv.{kind}"] = [Rows(f"{old}self_attn.{part}_proj.{kind}") for part in "qkv"]
+        names[new + "out.weight"] = [Rows(old + "self_attn.o_proj.weight")]
+        names[new + "mlp_norm"] = [Rows(old + "post_attention_layernorm.weight")]
+        names[new + "gate_up.weight"] = [Rows(f"{old}mlp.{part}_proj.weight") for part in ("gate", "up")]
+        names[new + "down.weight"] = [Rows(old + "mlp.down_proj.weight")]
     return names
 
 
-def _take(stored: dict[str, Tensor], name: str, path: Path) -> Tensor:
-    if name not in stored:
-        raise CheckpointError(f"{path} has no tensor {name!r}; the checkpoint does not match its config.json")
-    return stored.pop(name)
-
-
-def load_llama(
-    path: Path,
-    config: TransformerConfig,
-    vocabulary: int,
-    image_vocabulary: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Transformer:
-    """The core with the weights of a Llama checkpoint file, its head cut to the image ids 0 … V-1."""
-    stored = read_tensors(path)
-    model = Transformer(config, vocabulary, image_vocabulary)
-    state = {"head.weight": _take(stored, "lm_head.weight", path)[:image_vocabulary]}
-    for name, parts in _names(config.num_hidden_layers).items():
-        state[name] = torch.cat([_take(stored, part, path) for part in parts])
-    if stored:
-        raise CheckpointError(f"{path} holds unexpected tensors: {', '.join(sorted(stored)[:3])}")
-    for name, weight in model.named_parameters():
-        if state[name].shape != weight.shape:
-            got, wanted = tuple(state[name].shape), tuple(weight.shape)
-            raise CheckpointError(f"{path}: {name} has shape {got}, config.json asks for {wanted}")
-    model.load_state_dict(state)
-    return model.to(device, dtype).eval().requires_grad_(False)
+def _stored(names: Sources, state: dict[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
+    """The core's tensors taken apart into those of a Llama checkpoint."""
+    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    tensors = {}
+    for name, parts in names.items():
+        rows = [queries, keys, keys] if len(parts) == 3 else len(state[name]) // len(parts)
+        labels = [part.name for part in parts if isinstance(part, Rows)]
+        tensors |= dict(zip(labels, state[name].split(rows), strict=True))
+    return tensors
 
 
 def save_llama(model: Transformer, folder: Path, extra: dict[str, Any], dtype: torch.dtype) -> None:
     """Write config.json and model.safetensors so that `LlamaForCausalLM.from_pretrained` reads them too."""
     config, state = model.config, model.state_dict()
-    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    vocabulary = state["embedding"].shape[0]
+    tensors = _stored(llama_sources(config, head=None), state, config)
     head = torch.zeros_like(state["embedding"])
-    head[: state["head.weight"].shape[0]] = state["head.weight"]
-    tensors = {"lm_head.weight": head}
-    for name, parts in _names(config.num_hidden_layers).items():
-        rows = [heads * dim, kv_heads * dim, kv_heads * dim] if len(parts) == 3 else len(state[name]) // len(parts)
-        tensors |= dict(zip(parts, state[name].split(rows), strict=True))
+    head[: model.image_vocabulary] = state["head.weight"]
+    tensors["lm_head.weight"] = head
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
         {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()},
@@ -122,8 +103,9 @@ def save_llama(model: Transformer, folder: Path, extra: dict[str, Any], dtype: t
     )
     fields = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "vocab_size": vocabulary, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
-        "dtype": str(dtype).removeprefix("torch."), **vars(config),
+        "vocab_size": len(head), "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+        "dtype": str(dtype).removeprefix("torch."),
+        **{name: value for name, value in vars(config).items() if name not in NOT_LLAMA},
     }  # fmt: skip
     fields["rope_parameters"] = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
     (folder / "config.json").write_text(json.dumps({**fields, **extra}, indent=1) + "\n", encoding="utf-8")

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..layout import TokenLayout
-from ..transformer import Transformer
-from .family import ImageModel, NoiseTraining
-from .llama import load_llama, read_json, read_tensors, transformer_config
+from ..transformer import Transformer, TransformerConfig
+from .family import ImageModel, LoadOptions, ModelFacts, NoiseTraining, read_noise, tuned_defaults
+from .llama import llama_sources, transformer_config
 from .scenes_vq import CODES, GRID, SceneVQ
+from .weights import Checkpoint, load_transformer, read_json, read_tensors
 from .words import WordTokenizer
 
 # Rows of the embedding: image codes, then these, then the words.
@@ -23,6 +24,7 @@ BEGIN = CODES + 1
 BEGIN_IMAGE = CODES + 2
 FIRST_WORD = CODES + 3
 MAX_WORDS = 24
+SIZE = (128, 128)
 FASTEST_LEVELS = 2
 
 DEFAULTS: Mapping[str, Any] = {
@@ -41,19 +43,11 @@ DEFAULTS: Mapping[str, Any] = {
 class ScenesModel(ImageModel):
     """`scenes` and `scenes-sjd2`; prompts are made of the words listed in config.json."""
 
-    family = "scenes"
-
     def __init__(
         self, name: str, transformer: Transformer, vq: SceneVQ, words: list[str], noise: NoiseTraining | None
     ) -> None:
-        layout = TokenLayout.raster(GRID, GRID, image_vocab=CODES)
-        defaults = dict(DEFAULTS)
-        if noise is not None:
-            # Small pictures want few levels; the times t_min and 1 belong to every count of them.
-            levels = min(noise.levels, FASTEST_LEVELS)
-            defaults["sjd2"] = {**DEFAULTS["sjd2"], "denoise_levels": levels, "t_min": noise.t_min}
-            defaults["decoder"] = "sjd2"
-        super().__init__(name, transformer, layout, defaults, noise)
+        parameters = sum(tensor.numel() for tensor in vq.state_dict().values())
+        super().__init__(name, transformer, _facts(transformer.config, len(words), parameters, noise))
         self.vq = vq
         self.tokenizer = WordTokenizer(words, FIRST_WORD, MAX_WORDS)
 
@@ -77,17 +71,36 @@ def _load_vq(path: Path, device: torch.device) -> SceneVQ:
     return vq.to(device).eval().requires_grad_(False)
 
 
-def load(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> ScenesModel:
-    """Load a folder of the scenes family; CheckpointError names what is missing or damaged."""
-    config = read_json(folder / "config.json")
+def _facts(sizes: TransformerConfig, words: int, pixel_parameters: int, noise: NoiseTraining | None) -> ModelFacts:
+    layout = TokenLayout.raster(GRID, GRID, image_vocab=CODES)
+    defaults = dict(tuned_defaults(DEFAULTS, noise))
+    if noise is not None:
+        # Small pictures want few levels; the times t_min and 1 belong to every count of them.
+        defaults["sjd2"] = {**defaults["sjd2"], "denoise_levels": min(noise.levels, FASTEST_LEVELS)}
+    return ModelFacts(
+        "scenes", sizes, FIRST_WORD + words, CODES, SIZE, layout, defaults, MAX_WORDS + 2, pixel_parameters, noise
+    )
+
+
+def describe(folder: Path, options: LoadOptions) -> ModelFacts:
+    """Sizes of a folder of the scenes family; CheckpointError names what does not fit."""
+    path = folder / "config.json"
+    config = read_json(path)
     words = config.get("words")
     if not isinstance(words, list) or config.get("vocab_size") != FIRST_WORD + len(words):
-        raise CheckpointError(f"{folder / 'config.json'}: vocab_size and the list of words do not fit together")
-    sizes = transformer_config(config, folder / "config.json")
-    noise = None
-    if (folder / "sjd2.json").exists():
-        trained = read_json(folder / "sjd2.json")
-        noise = NoiseTraining(int(trained["levels"]), float(trained["t_min"]))
+        raise CheckpointError(f"{path}: vocab_size and the list of words do not fit together")
+    if options.size(SIZE) != SIZE:
+        raise ConfigError(f"image_size={options.image_size}: scenes draws pictures of {SIZE[0]}x{SIZE[1]} pixels only")
+    parameters = Checkpoint(folder / "vq.safetensors").size()
+    return _facts(transformer_config(config, path), len(words), parameters, read_noise(folder))
+
+
+def load(folder: Path, name: str, device: torch.device, dtype: torch.dtype, options: LoadOptions) -> ScenesModel:
+    """Load a folder of the scenes family; CheckpointError names what is missing or damaged."""
+    facts = describe(folder, options)
     vq = _load_vq(folder / "vq.safetensors", device)
-    transformer = load_llama(folder / "model.safetensors", sizes, config["vocab_size"], CODES, device, dtype)
-    return ScenesModel(name, transformer, vq, words, noise)
+    sizes, vocabulary = facts.transformer, facts.vocabulary
+    sources = llama_sources(sizes, image_rows=torch.arange(CODES))
+    checkpoint = Checkpoint(folder / "model.safetensors")
+    transformer = load_transformer(checkpoint, sizes, vocabulary, CODES, sources, device, dtype)
+    return ScenesModel(name, transformer, vq, read_json(folder / "config.json")["words"], facts.noise)

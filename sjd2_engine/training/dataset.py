@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..models.llama import read_tensors
 from ..models.scenes import BEGIN, BEGIN_IMAGE, END_OF_LINE, FIRST_WORD, MAX_WORDS
 from ..models.scenes_vq import GRID, SceneVQ
+from ..models.weights import read_tensors
 from ..models.words import WordTokenizer
 from ..scenes.world import WORDS
 from .data import draw_chunks
