@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from guarded import guarded_call
+from test_ops import arguments
 from torch import Tensor
 from triton_mode import DEVICE
 
-from sjd2_kernels import reference, rng
+from sjd2_kernels import backend, reference, rng
 from sjd2_kernels.dispatch import NotSupported
 
 embedding = pytest.importorskip("sjd2_kernels.embedding", reason="triton is not installed", exc_type=ImportError)
@@ -22,6 +23,16 @@ def bound(exact: Tensor, plain: Tensor) -> float:
     """Twice the error of plain torch in the same dtype, and what adding and subtracting 0.3 changes."""
     rounding = ((plain + 0.3 - 0.3) - plain).abs().max().item()
     return 2 * (plain.double() - exact).abs().max().item() + 2 * rounding
+
+
+@pytest.mark.parametrize("name", ["embed_window", "perturb", "refine"])
+def test_contracts_with_pytorch(name: str) -> None:
+    """What the op says it returns and mutates, and its gradient, hold for the kernel as for the reference."""
+    args = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in arguments(name)]
+    if name == "perturb":
+        args[0].requires_grad_()
+    with backend("triton"):
+        torch.library.opcheck(getattr(torch.ops.sjd2, name), args)
 
 
 # -------------------------------------------------------------------- embed_window
