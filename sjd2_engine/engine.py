@@ -84,10 +84,16 @@ class Decode:
         levels = config.denoise_levels if config.uses_noise else 0
         capacity = max(map(len, given)) - 1 + len(model.layout) + config.width
         limit = transformer.cos.shape[0] - max(offsets)
+        room = config.width - capacity + limit
+        if room < 1:
+            raise PromptError(
+                f"the longest prompt has {max(map(len, given))} tokens, {1 - room} more than the model has positions "
+                "for beside the picture; shorten it"
+            )
         if capacity > limit:
             raise ConfigError(
                 f"window={config.window} needs {capacity} positions with this prompt, the model has {limit}; "
-                f"use a window of at most {config.width - capacity + limit}"
+                f"use a window of at most {room}"
             )
         device, dtype = embedding.device, embedding.dtype
         self.cache = StaticCache(

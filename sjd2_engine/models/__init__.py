@@ -33,6 +33,7 @@ def named(*names: str) -> Callable[[Mapping[str, Any]], bool]:
 # Module -> which config.json is its own; the first that says yes has it.
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     ".scenes": named("scenes"),
+    ".chameleon": named("chameleon", "lumina-mgpt"),
 }
 
 

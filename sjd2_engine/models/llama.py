@@ -22,6 +22,8 @@ def transformer_config(config: dict[str, Any], path: Path, **knobs: Any) -> Tran
 
     `knobs` set the fields in which a family differs from Llama, or override what config.json says.
     """
+    if config.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{path} asks for {config['hidden_act']!r} in the MLP: only 'silu' is known")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind != "default":

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,11 +16,13 @@ from tqdm import tqdm
 from ..errors import CheckpointError
 from ..transformer import Transformer, TransformerConfig
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLES = ("pytorch_model*.bin", "model*.bin", "model*.pt", "model*.pth")  # not the optimisers beside them
 SHOW_PROGRESS_ABOVE = 2**30  # bytes
 ROWS_AT_ONCE = 8192  # of a reordered table: bounds the temporary copy
 # Not weights: some exporters store the rotary frequencies.
 NEVER_WEIGHTS = ("rotary_emb.inv_freq", "num_batches_tracked")
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -202,17 +204,34 @@ def load_transformer(
     return model.eval().requires_grad_(False)
 
 
+def load_module(build: Callable[[], Module], checkpoint: Checkpoint, prefix: str, device: torch.device) -> Module:
+    """A module in float32 on `device` whose parameters lie in the checkpoint under their own names behind `prefix`.
+
+    For picture tokenizers: 16 bits would show as banding. Raises CheckpointError.
+    """
+    with torch.device("meta"):
+        module = build()
+    sources = {name: [Rows(prefix + name)] for name, _ in module.named_parameters()}
+    check(module, checkpoint, sources, ignore=("",))
+    module.to_empty(device=device)
+    fill(module, checkpoint, sources)
+    return module.eval().requires_grad_(False)
+
+
 def check(model: nn.Module, checkpoint: Checkpoint, sources: Sources, ignore: Iterable[str] = ()) -> None:
     """Compare names, shapes and types with the model's parameters; raises CheckpointError."""
     used = {part.name for parts in sources.values() for part in parts if isinstance(part, Rows)}
     for name, parameter in model.named_parameters():
         shapes = [_shape(part, checkpoint) for part in sources[name]]
-        total = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        if total != tuple(parameter.shape) or any(shape[1:] != total[1:] for shape in shapes):
-            stored = [part.name for part in sources[name] if isinstance(part, Rows)] or [name]
+        odd = [i for i, shape in enumerate(shapes) if shape[1:] != tuple(parameter.shape[1:])]
+        rows = sum(shape[0] for shape in shapes)
+        if odd or rows != parameter.shape[0]:
+            wrong = odd[:1] or range(len(shapes))
+            stored = [_label(sources[name][i], name) for i in wrong]
+            shape = shapes[odd[0]] if odd else (rows, *shapes[0][1:])
             place = checkpoint.file_of(stored[0]) if stored[0] in checkpoint else checkpoint.path
             raise CheckpointError(
-                f"{place}: {' + '.join(stored)} has shape {total}, config.json asks for {tuple(parameter.shape)}"
+                f"{place}: {' + '.join(stored)} has shape {shape}, config.json asks for {tuple(parameter.shape)}"
             )
     known = (*ignore,)
     rest = [name for name in checkpoint.names() if name not in used and not name.endswith(NEVER_WEIGHTS)]
@@ -222,6 +241,10 @@ def check(model: nn.Module, checkpoint: Checkpoint, sources: Sources, ignore: It
             f"{checkpoint.file_of(rest[0])} holds unexpected tensors: {', '.join(rest[:3])}"
             f"{' …' if len(rest) > 3 else ''}; the checkpoint does not match its config.json"
         )
+
+
+def _label(part: Rows | Tensor, name: str) -> str:
+    return part.name if isinstance(part, Rows) else name
 
 
 def _shape(part: Rows | Tensor, checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -271,12 +294,14 @@ def _copy(part: Rows | Tensor, checkpoint: Checkpoint, target: Tensor) -> int:
 class TokenRows:
     """Where a tokenizer's ids lie in the input table: image ids, then the layout's structure tokens, then the rest.
 
-    `ids` int64 [vocabulary]: the tokenizer's id of every row. Calling it maps ids to rows. Raises CheckpointError
-    where ids lie outside the vocabulary.
+    `ids` int64 [vocabulary]: the tokenizer's id of every row, the first `images` of them image ids. Calling it maps
+    ids to rows. Raises CheckpointError where ids lie outside the vocabulary.
     """
 
-    def __init__(self, vocabulary: int, image_ids: Iterable[int], structure: Sequence[int] = ()) -> None:
-        first = torch.tensor([*image_ids, *structure])
+    def __init__(self, vocabulary: int, image_ids: Iterable[int], structure: Iterable[int] = ()) -> None:
+        image = [*image_ids]
+        self.images = len(image)
+        first = torch.tensor([*image, *structure])
         if int(first.max()) >= vocabulary:
             raise CheckpointError(
                 f"the model's image and structure tokens go up to id {int(first.max())}, config.json has a vocabulary "
