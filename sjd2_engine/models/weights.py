@@ -229,10 +229,9 @@ def check(model: nn.Module, checkpoint: Checkpoint, sources: Sources, ignore: It
             wrong = odd[:1] or range(len(shapes))
             stored = [_label(sources[name][i], name) for i in wrong]
             shape = shapes[odd[0]] if odd else (rows, *shapes[0][1:])
+            wanted = (shape[0] if odd and len(shapes) > 1 else parameter.shape[0], *parameter.shape[1:])
             place = checkpoint.file_of(stored[0]) if stored[0] in checkpoint else checkpoint.path
-            raise CheckpointError(
-                f"{place}: {' + '.join(stored)} has shape {shape}, config.json asks for {tuple(parameter.shape)}"
-            )
+            raise CheckpointError(f"{place}: {' + '.join(stored)} has shape {shape}, config.json asks for {wanted}")
     known = (*ignore,)
     rest = [name for name in checkpoint.names() if name not in used and not name.endswith(NEVER_WEIGHTS)]
     rest = sorted(name for name in rest if not name.startswith(known))
