@@ -28,7 +28,7 @@ def bound(exact: Tensor, plain: Tensor) -> float:
 @pytest.mark.parametrize("name", ["embed_window", "perturb", "refine"])
 def test_contracts_with_pytorch(name: str) -> None:
     """What the op says it returns and mutates, and its gradient, hold for the kernel as for the reference."""
-    args = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in arguments(name)]
+    args = tuple(x.to(DEVICE) if isinstance(x, Tensor) else x for x in arguments(name))
     if name == "perturb":
         args[0].requires_grad_()
     with backend("triton"):
