@@ -7,6 +7,7 @@ a fixed number of keys: what a query gets does not depend on the batch, the cach
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -36,7 +37,8 @@ HALF_TILES = {16: Tile(64, 4, 3), 32: Tile(64, 4, 3), 64: Tile(32, 4, 4), 128: T
 LARGE_TILES = {**HALF_TILES, 64: Tile(64, 4, 3), 128: Tile(64, 8, 3)}
 LARGE_FROM = 200 * 1024  # bytes of shared memory that a program can have: Hopper and data-centre Blackwell
 # Exact float32 products are made outside the tensor cores, from registers.
-FLOAT_TILES = {16: Tile(32, 8, 2), 32: Tile(32, 16, 2)}
+FLOAT_TILES = {16: Tile(16, 4, 3), 32: Tile(16, 8, 3)}
+COMBINE: dict[str, Any] = {"BLOCK_M": 8, "UNROLL": 8, "num_warps": 4}
 
 
 @triton.jit
@@ -239,26 +241,28 @@ def window_attention(
         raise NotSupported(f"scale is {scale}: expected a positive number")
     group = heads // kv_heads
     tiles = _tiles(q)
-    block_m = min(max(triton.next_power_of_2(width * group), 16), max(tiles))
+    # Heads whose rows are not made of 16-byte words take twice the addresses, and so the registers.
+    largest = max(tiles) if head % 8 == 0 else 32
+    block_m: int = min(max(triton.next_power_of_2(width * group), 16), largest)  # pyright: ignore[reportAssignmentType]
     tile = tiles[block_m]
-    block_d = max(16, triton.next_power_of_2(head))
-    splits = triton.cdiv(slots - front, CHUNK) if width <= LONGEST_SPLIT else 1
-    chunk = CHUNK if splits > 1 else triton.cdiv(slots - front, tile.keys) * tile.keys
+    splits = (slots - front + CHUNK - 1) // CHUNK if width <= LONGEST_SPLIT else 1
+    chunk = CHUNK if splits > 1 else (slots - front + tile.keys - 1) // tile.keys * tile.keys
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     parts, mass = out, None
     if splits > 1:
         parts = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
         mass = torch.empty((splits, rows, width, heads), dtype=torch.float32, device=q.device)
+    shared: dict[str, Any] = {"HEAD": head, "BLOCK_D": max(16, triton.next_power_of_2(head))}
+    config: dict[str, Any] = {
+        "KV_HEADS": kv_heads, "GROUP": group, "BLOCK_M": block_m, "BLOCK_N": tile.keys,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
     grid = (triton.cdiv(width * group, block_m) * kv_heads, rows, splits)
     _window_attention_kernel[grid](
-        q, keys, values, lengths, levels, parts, mass, width, slots, front, chunk, scale, KV_HEADS=kv_heads,
-        GROUP=group, HEAD=head, BLOCK_M=block_m, BLOCK_N=tile.keys, BLOCK_D=block_d, num_warps=tile.warps,
-        num_stages=tile.stages,
-    )  # fmt: skip
+        q, keys, values, lengths, levels, parts, mass, width, slots, front, chunk, scale, **shared, **config
+    )
     if mass is not None:
-        grid = (triton.cdiv(width * heads, 8), rows)
-        _combine_kernel[grid](
-            parts, mass, lengths, out, width, HEADS=heads, HEAD=head, CHUNK=CHUNK, BLOCK_M=8, BLOCK_D=block_d,
-            UNROLL=8, num_warps=4,
-        )  # fmt: skip
+        config = COMBINE | {"HEADS": heads, "CHUNK": CHUNK}
+        grid = (triton.cdiv(width * heads, config["BLOCK_M"]), rows)
+        _combine_kernel[grid](parts, mass, lengths, out, width, **shared, **config)
     return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -11,8 +13,8 @@ from .contracts import FLOATS, expect
 from .dispatch import NotSupported
 from .reference.model import LAYER_NORM, NO_NORM, RMS_NORM
 
-HEADS_PER_PROGRAM = 16
-COMPACT = {"ENTRIES": 8, "BLOCK": 512, "num_warps": 4}
+ROPE: dict[str, Any] = {"BLOCK_H": 16, "num_warps": 4}
+COMPACT: dict[str, Any] = {"ENTRIES": 8, "BLOCK": 512, "num_warps": 4}
 
 
 @triton.jit(do_not_specialize=["width", "slots", "front"])
@@ -157,18 +159,23 @@ def qk_norm_rope_cache(
     expect("values", values, FLOATS, rows, slots, kv_heads, dim)
     if dim % 2 or norm not in (NO_NORM, RMS_NORM, LAYER_NORM):
         raise NotSupported(f"{dim} dimensions per head, norm {norm}: expected an even number, and a known norm")
-    strides = {
+    config = ROPE | {
         "Q_WEIGHT_STRIDE": _stride("q_weight", q_weight, heads, dim),
         "Q_BIAS_STRIDE": _stride("q_bias", q_bias, heads, dim),
         "K_WEIGHT_STRIDE": _stride("k_weight", k_weight, kv_heads, dim),
         "K_BIAS_STRIDE": _stride("k_bias", k_bias, kv_heads, dim),
+        "HEADS": heads,
+        "KV_HEADS": kv_heads,
+        "HALF": dim // 2,
+        "MEAN": norm == LAYER_NORM,
+        "SCALE": norm != NO_NORM,
+        "BLOCK_D": triton.next_power_of_2(dim // 2),
     }
     out = torch.empty((rows, width, heads, dim), dtype=qkv.dtype, device=qkv.device)
-    grid = (rows * width, triton.cdiv(stacked, HEADS_PER_PROGRAM))
+    grid = (rows * width, triton.cdiv(stacked, config["BLOCK_H"]))
     _qk_norm_rope_cache_kernel[grid](
         qkv, cos, sin, lengths, keys, values, q_weight, q_bias, k_weight, k_bias, out, width, slots, front, eps,
-        **strides, HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, MEAN=norm == LAYER_NORM, SCALE=norm != NO_NORM,
-        BLOCK_H=HEADS_PER_PROGRAM, BLOCK_D=triton.next_power_of_2(dim // 2), num_warps=4,
+        **config,
     )  # fmt: skip
     return out
 
@@ -182,11 +189,9 @@ def kv_compact(keys: Tensor, values: Tensor, lengths: Tensor, source: Tensor, co
     expect("lengths", lengths, torch.int32, rows)
     expect("source", source, torch.int32, rows, longest)
     expect("counts", counts, torch.int32, rows)
-    columns = kv_heads * dim
-    grid = (triton.cdiv(columns, COMPACT["BLOCK"]), rows, layers)
-    _kv_compact_kernel[grid](
-        keys, values, lengths, source, counts, slots, longest, front, COLUMNS=columns, **COMPACT
-    )  # fmt: skip
+    config: dict[str, Any] = COMPACT | {"COLUMNS": kv_heads * dim}
+    grid = (triton.cdiv(kv_heads * dim, config["BLOCK"]), rows, layers)
+    _kv_compact_kernel[grid](keys, values, lengths, source, counts, slots, longest, front, **config)
 
 
 def _stride(name: str, weight: Tensor | None, heads: int, dim: int) -> int:

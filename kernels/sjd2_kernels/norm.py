@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -75,12 +77,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
         raise NotSupported(f"rows have {dim} cells: expected at most {WIDEST}")
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     count = x.numel() // dim
-    block = triton.next_power_of_2(dim)
+    block: Any = triton.next_power_of_2(dim)
     rows = max(1, CELLS // block)
-    _rms_norm_kernel[(triton.cdiv(count, rows),)](
-        x, weight, residual, out, count, eps, DIM=dim, ROWS=rows, BLOCK=block,
-        num_warps=min(max(block // 512, 4), 16),
-    )  # fmt: skip
+    config: dict[str, Any] = {"DIM": dim, "ROWS": rows, "BLOCK": block, "num_warps": min(max(block // 512, 4), 16)}
+    _rms_norm_kernel[(triton.cdiv(count, rows),)](x, weight, residual, out, count, eps, **config)
     return out
 
 
@@ -90,9 +90,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
     expect("gate_up", gate_up, FLOATS, *gate_up.shape[:-1], 2 * half)
     out = torch.empty((*gate_up.shape[:-1], half), dtype=gate_up.dtype, device=gate_up.device)
     count = out.numel() // half
-    block = min(triton.next_power_of_2(half), SWIGLU_BLOCK)
-    rows = CELLS // block
-    _swiglu_kernel[(triton.cdiv(count, rows) * triton.cdiv(half, block),)](
-        gate_up, out, count, HALF=half, ROWS=rows, BLOCK=block, num_warps=4
-    )
+    block: Any = min(triton.next_power_of_2(half), SWIGLU_BLOCK)
+    config: dict[str, Any] = {"HALF": half, "ROWS": CELLS // block, "BLOCK": block, "num_warps": 4}
+    grid = (triton.cdiv(count, config["ROWS"]) * triton.cdiv(half, block),)
+    _swiglu_kernel[grid](gate_up, out, count, **config)
     return out
