@@ -1,0 +1,79 @@
+// The kernels, once per instruction set, and the choice among them. All of them give the same bits.
+
+#include "kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "sjd2.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define SJD2_BASELINE_WIDTH 128
+#else
+#define SJD2_BASELINE_WIDTH 0
+#endif
+
+#define SJD2_ISA baseline
+#define SJD2_WIDTH SJD2_BASELINE_WIDTH
+#include "core.h"
+#include "lanes.h"
+#include "rows.h"
+#include "dims.h"
+#undef SJD2_ISA
+#undef SJD2_WIDTH
+
+#if defined(__x86_64__) && !defined(SJD2_BASELINE_ONLY)
+#define SJD2_X86_SETS
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#endif
+#define SJD2_ISA avx2
+#define SJD2_WIDTH 256
+#include "core.h"
+#include "lanes.h"
+#include "rows.h"
+#include "dims.h"
+#undef SJD2_ISA
+#undef SJD2_WIDTH
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#endif
+#define SJD2_ISA avx512
+#define SJD2_WIDTH 512
+#include "core.h"
+#include "lanes.h"
+#include "rows.h"
+#include "dims.h"
+#undef SJD2_ISA
+#undef SJD2_WIDTH
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+namespace sjd2 {
+
+const Kernels &kernels() {
+#ifdef SJD2_X86_SETS
+    static const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    static const bool middle = __builtin_cpu_supports("avx2");
+    if (wide) return avx512::kernels;
+    if (middle) return avx2::kernels;
+#endif
+    return baseline::kernels;
+}
+
+}  // namespace sjd2
