@@ -1,6 +1,60 @@
-"""Packages only: everything else about the distribution stands in pyproject.toml."""
+"""Packages and the C core; everything else about the distribution stands in pyproject.toml.
+
+The core needs a C++ compiler and nothing else. Without one the install succeeds all the same: the ops then run on
+their PyTorch reference until `python -m sjd2_kernels.build` has been called.
+"""
+
+import importlib.util
+import logging
+import shutil
+from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = ROOT / "kernels" / "sjd2_kernels"
+
+
+def _load_build():
+    """The package's own build module, without importing the package (which needs torch)."""
+    spec = importlib.util.spec_from_file_location("sjd2_build", PACKAGE / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+core = _load_build()
+
+
+class BuildWithCore(build_py):
+    """Ship the C sources and the library made from them; an editable install builds it in the source tree."""
+
+    def run(self):
+        super().run()
+        target = PACKAGE if self.editable_mode else Path(self.build_lib) / "sjd2_kernels"
+        if not self.editable_mode:
+            (target / "csrc").mkdir(exist_ok=True)
+            for name in (*core.UNITS, *core.HEADERS):
+                shutil.copy2(ROOT / "csrc" / name, target / "csrc")
+        try:
+            core.build(target, ROOT / "csrc")
+        except core.BuildError as error:
+            logging.warning("the C core of sjd2_kernels is left out, its ops run in PyTorch: %s", error)
+
+
+class PlatformWheel(bdist_wheel):
+    """With a library inside a wheel belongs to a platform, but to no version of Python."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.root_is_pure = core.find_compiler() is None
+
+    def get_tag(self):
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
+
 
 setup(
     # kernels/ has no __init__.py, so that no top-level package called `kernels` appears.
@@ -10,5 +64,6 @@ setup(
     package_data={
         "sjd2_engine": [f"weights/**/*.{ending}" for ending in ("safetensors", "json", "txt")],
     },
+    cmdclass={"build_py": BuildWithCore, "bdist_wheel": PlatformWheel},
     zip_safe=False,
 )

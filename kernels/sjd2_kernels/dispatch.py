@@ -61,17 +61,25 @@ def backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-@cache
 def implementation(name: str, op: str) -> Callable[..., Any]:
     """The function that does `op` in backend `name`; raises NotSupported where there is none on this machine."""
+    found = _find(name, op)
+    if isinstance(found, str):
+        raise NotSupported(found)
+    return found
+
+
+@cache
+def _find(name: str, op: str) -> Callable[..., Any] | str:
+    """The function, or why there is none: a failed import is not tried again with every call."""
     if name == "reference":
         return getattr(importlib.import_module(f"{__package__}.reference"), op)
     if op not in MODULES[name]:
-        raise NotSupported(f"{op} has no {name} implementation")
+        return f"{op} has no {name} implementation"
     try:
         module = importlib.import_module(f"{__package__}.{MODULES[name][op]}")
     except ImportError as error:
-        raise NotSupported(f"{name} cannot be loaded: {error}") from error
+        return f"{name} cannot be loaded: {error}"
     return getattr(module, op)
 
 
