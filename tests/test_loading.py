@@ -21,7 +21,7 @@ from sjd2_engine import Engine, TokenLayout, models
 from sjd2_engine.cli import app
 from sjd2_engine.config import DECODERS
 from sjd2_engine.engine import Decode
-from sjd2_engine.errors import CheckpointError, ConfigError
+from sjd2_engine.errors import CheckpointError, ConfigError, PromptError
 from sjd2_engine.linear import PackedLinear, pack_linears
 from sjd2_engine.memory import decode_memory
 from sjd2_engine.models.family import ImageModel, LoadOptions, ModelFacts, read_noise, tuned_defaults
@@ -304,6 +304,52 @@ def test_scenes_have_one_size(base: Engine) -> None:
     assert base.model.facts.image_size == (128, 128)
     with pytest.raises(ConfigError, match="128x128"):
         Engine.from_pretrained("scenes", image_size=256)
+
+
+def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention inside the sequence, q [1, T, 4, d], k and v [1, T, 2, d]."""
+    q, k, v = (x.repeat_interleave(4 // x.shape[2], 2).transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+class OtherStart(ToyModel):
+    """Prompts that end at position 12, and an unconditional one that is learned: it ends in another embedding."""
+
+    def unconditional_embeds(self, text: str, negative_prompt: str) -> Tensor:
+        return self.prompt_embeds(text).flip(1)
+
+    def position_offset(self, length: int) -> int:
+        return max(0, 12 - length)
+
+
+def test_learned_unconditional_inputs_and_offsets(folder: Path) -> None:
+    """Greedy pictures equal a plain loop over whole sequences, token by token."""
+    toy = models.load_model(str(folder), CPU, torch.float32)
+    assert isinstance(toy, ToyModel)
+    core = toy.transformer
+    angle = 3 * torch.rand(80, 4, generator=torch.Generator().manual_seed(1))
+    core.set_rope(torch.cat([angle.cos()] * 2, 1), torch.cat([-angle.sin(), angle.sin()], 1))
+    model = OtherStart("other", core, toy.facts, toy._rows)
+    expected = []
+    for text in ("ab", "cdefa"):
+        cond, uncond = model.prompt_embeds(text), model.unconditional_embeds(text, "")
+        tokens = []
+        for slot in model.layout.forced:
+            positions = 12 - len(text) - 2 + torch.arange(len(cond))
+            c, u = (core.head(core(row[None], positions, causal)[0, -1]) for row in (cond, uncond))
+            tokens.append(slot if slot >= 0 else int((u + 2.0 * (c - u)).argmax()))
+            new = core.embedding[tokens[-1:]]
+            cond, uncond = torch.cat([cond, new]), torch.cat([uncond, new])
+        expected.append(tokens)
+    engine = Engine(model)
+    assert len({*expected[0]}) > 3 and expected[0] != expected[1]
+    for decoder in ("ar", "jacobi"):
+        tokens = engine.generate(["ab", "cdefa"], decoder=decoder, temperature=0.0, window=5).tokens
+        assert torch.equal(model.layout.all_tokens(tokens), torch.tensor(expected))
+    with pytest.raises(PromptError, match="shorten"):
+        engine.generate("a" * 70)
+    with pytest.raises(ConfigError, match="at most"):
+        engine.generate("ab", window=70)
 
 
 # ------------------------------------------------------------------ memory

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from sjd2_engine import Engine
 from sjd2_engine.cache import StaticCache
 from sjd2_engine.engine import Decode
 from sjd2_engine.models import find_model
+from sjd2_engine.models.llama import llama_sources
+from sjd2_engine.models.weights import Rows
 from sjd2_engine.schedule import embedding_statistics, noise_times, timestep_encodings
 from sjd2_engine.training.base import causal
 from sjd2_engine.training.dataset import Batch
@@ -35,8 +39,8 @@ def tiny(seed: int = 0) -> Transformer:
     return model.requires_grad_(False)
 
 
-def whole(model: Transformer, embeds: torch.Tensor) -> torch.Tensor:
-    """Hidden states of full sequences by plain causal attention with repeated key heads."""
+def whole(model: Transformer, embeds: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """Hidden states of full sequences, from position `first` on, by plain causal attention with repeated key heads."""
 
     def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         group = q.shape[2] // k.shape[2]
@@ -45,7 +49,7 @@ def whole(model: Transformer, embeds: torch.Tensor) -> torch.Tensor:
         weights = scores.masked_fill(ahead, float("-inf")).softmax(-1)
         return torch.einsum("bhts,bshd->bthd", weights, v.repeat_interleave(group, 2))
 
-    return model(embeds, torch.arange(embeds.shape[1]), attend)
+    return model(embeds, first + torch.arange(embeds.shape[1]), attend)
 
 
 @pytest.mark.parametrize("name", ["scenes", "scenes-sjd2"])
@@ -56,7 +60,7 @@ def test_logits_equal_transformers_llama_on_the_bundled_weights(name: str) -> No
     transformer = Engine.from_pretrained(name, device="cpu").model.transformer
     ids = torch.randint(transformer.embedding.shape[0], (2, 300), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected = llama(ids).logits[..., : transformer.head.out_features]
+        expected = llama(ids).logits[..., : transformer.image_vocabulary]
         ours = transformer.head(transformer(transformer.embedding[ids], torch.arange(300), causal))
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -80,6 +84,72 @@ def test_windows_with_rollback_equal_the_whole_sequence() -> None:
             torch.testing.assert_close(hidden[row, :keep], expected[row, length : length + keep], atol=1e-5, rtol=1e-4)
         lengths = (lengths + good.int()).clamp(max=34)
         cache.lengths.copy_(lengths)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3"])
+def test_biases_and_query_norms_equal_transformers_qwen(kind: str) -> None:
+    """Qwen 2 has biases on queries, keys and values; Qwen 3 normalises each head's queries and keys."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {name: getattr(TINY, name) for name in vars(TINY) if hasattr(transformers.LlamaConfig(), name)}
+    rope = {"rope_type": "default", "rope_theta": TINY.rope_theta}
+    hf_config = getattr(transformers, kind + "Config")(**sizes, vocab_size=30, rope_parameters=rope)
+    torch.manual_seed(3)
+    oracle = getattr(transformers, kind + "ForCausalLM")(hf_config).eval().requires_grad_(False)
+    for parameter in oracle.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    config = replace(TINY, **({"qkv_bias": True} if kind == "Qwen2" else {"qk_norm": "rms"}))
+    stored, model = oracle.state_dict(), Transformer(config, 30, 30).requires_grad_(False)
+    for name, parts in llama_sources(config).items():
+        rows = torch.cat([stored.pop(part.name) for part in parts if isinstance(part, Rows)])
+        model.get_parameter(name).copy_(rows)
+    for i, block in enumerate(model.blocks):
+        if kind == "Qwen3":
+            norms = [stored.pop(f"model.layers.{i}.self_attn.{part}_norm.weight") for part in "qk"]
+            block.get_parameter("qk_weight").copy_(torch.stack([norms[0]] * 4 + [norms[1]] * 2))
+    assert not stored
+    ids = torch.randint(30, (2, 25), generator=torch.Generator().manual_seed(4))
+    expected = oracle(ids).logits
+    ours = model.head(whole(model, model.embedding[ids]))
+    assert float((ours - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+def test_two_layer_head() -> None:
+    model = Transformer(replace(TINY, head_hidden=32), vocabulary=30, image_vocabulary=20)
+    weights = dict(model.head.named_parameters())
+    hidden = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0))
+    inner = hidden @ weights["0.weight"].T + weights["0.bias"]
+    inner = inner * 0.5 * (1 + torch.erf(inner / 2**0.5))
+    expected = inner @ weights["2.weight"].T + weights["2.bias"]
+    torch.testing.assert_close(model.head(hidden), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_that_end_at_a_fixed_position() -> None:
+    """With a table that is not invariant to shifts, rows count positions from their own offsets."""
+    model = tiny()
+    for block in model.blocks:
+        block.get_parameter("qkv.weight").mul_(20.0)  # so that attention, and with it the rotation, counts
+    generator = torch.Generator().manual_seed(1)
+    angle = 3 * torch.rand(64, 6, generator=generator)
+    model.set_rope(torch.cat([angle.cos()] * 2, 1), torch.cat([-angle.sin(), angle.sin()], 1))
+    embeds = torch.randn(3, 20, 48, generator=generator)
+    cache = StaticCache(TINY, 3, 32, 0, CPU, torch.float32, offsets=[0, 7, 30])
+    cache.forward(model, embeds[:, :11])
+    cache.lengths.fill_(9)  # two are rolled back
+    hidden = cache.forward(model, embeds[:, 9:])
+    for row, offset in enumerate((0, 7, 30)):
+        expected = whole(model, embeds[row : row + 1], offset)[0, 9:]
+        torch.testing.assert_close(hidden[row], expected, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(hidden[row], whole(model, embeds[row : row + 1], offset + 1)[0, 9:], atol=1e-2)
+
+
+def test_an_outline_takes_no_memory_and_knows_its_shapes() -> None:
+    outline, model = Transformer.outline(TINY, 30, 20), tiny()
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert {name: parameter.shape for name, parameter in outline.named_parameters()} == shapes
+    assert all(parameter.is_meta for parameter in outline.parameters())
+    outline.allocate(CPU, torch.bfloat16)
+    assert {p.dtype for p in outline.parameters()} == {torch.bfloat16} and outline.cos.dtype == torch.float32
+    assert torch.equal(outline.cos, model.cos) and torch.equal(outline.sin, model.sin)
 
 
 def test_cache_after_decoding_equals_a_fresh_prefill(base: Engine) -> None:
@@ -117,9 +187,9 @@ def test_timestep_keys_in_the_cache_equal_timestep_tokens_in_the_sequence(tuned:
         noisy = noisy_batch(model, batch, levels, times, generator)
         expected = noisy_logits(model, noisy.embeds, noisy.positions, noisy.mask)
         cache = StaticCache(model.config, 3, 400, 4, CPU, torch.float32)
-        mean, std = embedding_statistics(model.embedding, model.head.out_features)
+        mean, std = embedding_statistics(model.embedding, model.image_vocabulary)
         cache.write_timesteps(model, timestep_encodings(times, mean, std))
-        inner = levels[:, :-1].masked_fill(image[:, :-1] >= model.head.out_features, -1)
+        inner = levels[:, :-1].masked_fill(image[:, :-1] >= model.image_vocabulary, -1)
         given = torch.cat([torch.full((3, batch.prompt.shape[1]), -1), inner], 1).int()
         hidden = cache.forward(model, noisy.embeds[:, 4:], given)
         ours = model.head(hidden[:, -272:])
@@ -132,7 +202,7 @@ def test_the_clean_path_is_the_same_with_and_without_timestep_keys(tuned: Engine
     with torch.inference_mode():
         plain = StaticCache(model.config, 3, 60, 0, CPU, torch.float32)
         timed = StaticCache(model.config, 3, 60, 4, CPU, torch.float32)
-        mean, std = embedding_statistics(model.embedding, model.head.out_features)
+        mean, std = embedding_statistics(model.embedding, model.image_vocabulary)
         timed.write_timesteps(model, timestep_encodings(noise_times(4, 0.75), mean, std))
         clean = torch.full((3, 50), -1, dtype=torch.int32)
         expected = plain.forward(model, embeds)
