@@ -349,7 +349,7 @@ def test_learned_unconditional_inputs_and_offsets(folder: Path) -> None:
     with pytest.raises(PromptError, match="shorten"):
         engine.generate("a" * 70)
     with pytest.raises(ConfigError, match="at most"):
-        engine.generate("ab", window=70)
+        engine.generate("ab", decoder="jacobi", window=70)
 
 
 # ------------------------------------------------------------------ memory
