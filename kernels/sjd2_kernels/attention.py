@@ -37,7 +37,7 @@ HALF_TILES = {16: Tile(64, 4, 3), 32: Tile(64, 4, 3), 64: Tile(32, 4, 4), 128: T
 LARGE_TILES = {**HALF_TILES, 64: Tile(64, 4, 3), 128: Tile(64, 8, 3)}
 LARGE_FROM = 200 * 1024  # bytes of shared memory that a program can have: Hopper and data-centre Blackwell
 # Exact float32 products are made outside the tensor cores, from registers.
-FLOAT_TILES = {16: Tile(16, 4, 3), 32: Tile(16, 8, 3)}
+FLOAT_TILES = {16: Tile(16, 8, 3), 32: Tile(16, 8, 3)}
 COMBINE: dict[str, Any] = {"BLOCK_M": 8, "UNROLL": 8, "num_warps": 4}
 
 
