@@ -24,6 +24,7 @@ from sjd2_engine.cache import StaticCache
 from sjd2_engine.cli import app
 from sjd2_engine.config import DECODERS
 from sjd2_engine.errors import CheckpointError, ConfigError, PromptError
+from sjd2_engine.memory import weight_bytes
 from sjd2_engine.models import describe_model, load_model
 from sjd2_engine.models.family import LoadOptions
 
@@ -246,6 +247,21 @@ def test_facts_and_defaults(folders: dict[str, Path]) -> None:
     plain = describe_model(str(folders["anole"]))
     assert plain.layout.forced == (-1,) * 16 + (v,) and plain.defaults["top_p"] == 0.9
     assert describe_model(str(folders["swin"])).transformer.post_norm
+
+
+def test_the_size_is_in_the_name_of_the_release(folders: dict[str, Path], tmp_path: Path) -> None:
+    release = tmp_path / "models--Alpha-VLLM--Lumina-mGPT-7B-64" / "snapshots" / "0a1b"
+    shutil.copytree(folders["lumina"], release)
+    assert describe_model(str(release), LoadOptions(allow_pickle=True)).image_size == (64, 64)
+    with pytest.raises(ConfigError, match=r"\(768, 768\)"):  # the tiny vocabulary has no tokens for that
+        describe_model(str(folders["lumina"]), LoadOptions(allow_pickle=True))
+
+
+def test_memory_by_formula_is_what_the_weights_take(folders: dict[str, Path]) -> None:
+    model = load_model(str(folders["anole"]), CPU, torch.bfloat16)
+    tensors = [*model.transformer.state_dict().values(), model.transformer.cos, model.transformer.sin]
+    real = sum(tensor.nbytes for tensor in [*tensors, *model.vq.state_dict().values()])  # type: ignore[attr-defined]
+    assert weight_bytes(describe_model(str(folders["anole"])), torch.bfloat16) == real
 
 
 def _config(folder: Path, **changes: Any) -> None:

@@ -184,6 +184,14 @@ def test_only_one_stored_tensor_is_in_memory_at_a_time(folder: Path, monkeypatch
     assert len(crowd) == 3 + 9 * TINY.num_hidden_layers and not any(crowd)
 
 
+def test_large_checkpoints_show_their_progress(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    Engine.from_pretrained(str(folder), device="cpu")
+    assert "loading" not in capsys.readouterr().err
+    monkeypatch.setattr("sjd2_engine.models.weights.SHOW_PROGRESS_ABOVE", 1000)
+    Engine.from_pretrained(str(folder), device="cpu")
+    assert "loading toy" in capsys.readouterr().err
+
+
 def test_weights_are_cast_on_the_way_in(folder: Path) -> None:
     core = models.load_model(str(folder), CPU, torch.bfloat16).transformer
     assert {parameter.dtype for parameter in core.parameters()} == {torch.bfloat16}
