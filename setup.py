@@ -4,10 +4,11 @@ The core needs a C++ compiler and nothing else. Without one the install succeeds
 their PyTorch reference until `python -m sjd2_kernels.build` has been called.
 """
 
-import importlib.util
 import logging
+import runpy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 from setuptools import find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -17,15 +18,8 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT / "kernels" / "sjd2_kernels"
 
 
-def _load_build():
-    """The package's own build module, without importing the package (which needs torch)."""
-    spec = importlib.util.spec_from_file_location("sjd2_build", PACKAGE / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-core = _load_build()
+# The package's own build module, without the package around it (which needs torch).
+core = SimpleNamespace(**runpy.run_path(str(PACKAGE / "build.py")))
 
 
 class BuildWithCore(build_py):

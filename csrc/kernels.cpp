@@ -1,4 +1,6 @@
 // The kernels, once per instruction set, and the choice among them. All of them give the same bits.
+//
+// -DSJD2_MAX_WIDTH=128 or 256 leaves out the wider ones, for tests.
 
 #include "kernels.h"
 
@@ -9,13 +11,16 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define SJD2_BASELINE_WIDTH 128
+#ifndef SJD2_MAX_WIDTH
+#define SJD2_MAX_WIDTH 512
+#endif
+#define SJD2_WIDTH 128
 #else
-#define SJD2_BASELINE_WIDTH 0
+#define SJD2_MAX_WIDTH 0
+#define SJD2_WIDTH 0
 #endif
 
 #define SJD2_ISA baseline
-#define SJD2_WIDTH SJD2_BASELINE_WIDTH
 #include "core.h"
 #include "lanes.h"
 #include "rows.h"
@@ -23,9 +28,7 @@
 #undef SJD2_ISA
 #undef SJD2_WIDTH
 
-#if defined(__x86_64__) && !defined(SJD2_BASELINE_ONLY)
-#define SJD2_X86_SETS
-
+#if SJD2_MAX_WIDTH >= 256
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
 #else
@@ -42,9 +45,15 @@
 #undef SJD2_WIDTH
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
 #else
 #pragma GCC pop_options
+#endif
+#endif
+
+#if SJD2_MAX_WIDTH >= 512
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
@@ -66,11 +75,13 @@
 namespace sjd2 {
 
 const Kernels &kernels() {
-#ifdef SJD2_X86_SETS
+#if SJD2_MAX_WIDTH >= 512
     static const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    static const bool middle = __builtin_cpu_supports("avx2");
     if (wide) return avx512::kernels;
+#endif
+#if SJD2_MAX_WIDTH >= 256
+    static const bool middle = __builtin_cpu_supports("avx2");
     if (middle) return avx2::kernels;
 #endif
     return baseline::kernels;

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from sjd2_engine import Engine
+from sjd2_kernels import backend, build
+
+
+def pytest_configure() -> None:
+    """Build the C core where a compiler is found and the library is not of these sources, so that it is tested."""
+    if build.why_unusable() is not None and build.find_compiler() is not None:
+        build.build()
+
+
+@pytest.fixture(params=["c", "reference"])
+def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on the C core and on the reference."""
+    if request.param == "c" and (reason := build.why_unusable()):
+        pytest.skip(reason)
+    with backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="session")

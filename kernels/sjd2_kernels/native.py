@@ -50,10 +50,10 @@ _library = _load()
 class Function:
     """A function of the library; `layout` are the struct's fields after `size`: q integers, d doubles, P pointers."""
 
-    def __init__(self, name: str, layout: str) -> None:
+    def __init__(self, library: ctypes.CDLL, name: str, layout: str) -> None:
         self.name = f"sjd2_{name}"
         self._struct = struct.Struct(f"@N{layout}")
-        self._call = getattr(_library, self.name)
+        self._call = getattr(library, self.name)
         self._call.restype, self._call.argtypes = ctypes.c_int64, [ctypes.c_char_p]
 
     def status(self, *values: float) -> int:
@@ -66,13 +66,23 @@ class Function:
             raise ValueError(f"{self.name}: {_library.sjd2_status_string(status).decode()} (status {status})")
 
 
-random = Function("random", "qqqqqqqPPP")
-_embed_window = Function("embed_window", "qqqqqqPPPPPPPP")
-_perturb = Function("perturb", "qqqqqqqqPPPPPPPP")
-_sample_window = Function("sample_window", "qqqqqqqqqqdddPPPPPPPPPPq")
-_verify = Function("verify", "qqqqqqqPPPPPPPPPPPPPPPP")
-_commit = Function("commit", "qqqqqPPPPPPPPPPP")
-_refine = Function("refine", "qqqqqqqqqqPPPPPPPPPPPPPPPPPPPPq")
+LAYOUTS = {
+    "random": "qqqqqqqPPP",
+    "embed_window": "qqqqqqPPPPPPPP",
+    "perturb": "qqqqqqqqPPPPPPPP",
+    "sample_window": "qqqqqqqqqqdddPPPPPPPPPPq",
+    "verify": "qqqqqqqPPPPPPPPPPPPPPPP",
+    "commit": "qqqqqPPPPPPPPPPP",
+    "refine": "qqqqqqqqqqPPPPPPPPPPPPPPPPPPPPq",
+}
+
+
+def functions(library: ctypes.CDLL) -> dict[str, Function]:
+    """The functions of a loaded core by name."""
+    return {name: Function(library, name, layout) for name, layout in LAYOUTS.items()}
+
+
+_call = functions(_library)
 
 
 def instruction_set() -> str:
@@ -129,7 +139,7 @@ def embed_window(
         _need("mean", mean, _F32, dim)
         _need("std", std, _F32, dim)
     out = _empty(table.dtype, batch, window, dim)
-    _embed_window(
+    _call["embed_window"](
         batch, window, dim, rows, kind, torch.get_num_threads(), tokens.data_ptr(), levels.data_ptr(),
         table.data_ptr(), start.data_ptr(), _at(noisy), _at(mean), _at(std), out.data_ptr(),
     )  # fmt: skip
@@ -158,7 +168,7 @@ def perturb(
     _need("std", std, _F32, dim)
     _need("times", times, _F32, times.numel())
     out = _empty(x.dtype if denormalize else _F32, batch, length, dim)
-    _perturb(
+    _call["perturb"](
         batch, length, dim, kind, times.numel(), epoch, int(denormalize), torch.get_num_threads(), x.data_ptr(),
         levels.data_ptr(), positions.data_ptr(), seeds.data_ptr(), mean.data_ptr(), std.data_ptr(),
         times.data_ptr(), out.data_ptr(),
@@ -194,9 +204,9 @@ def sample_window(
     tokens, bad = _empty(_I64, batch, window), _empty(torch.bool, batch, window)
     p = _empty(_F32, batch, window, vocab if need_p else 0)
     size = _library.sjd2_sample_window_workspace(vocab, threads)
-    workspace = _empty(torch.uint8, max(size, 0))
+    workspace = _empty(_F32, max(size, 0) // 4)
     at = logits.data_ptr()
-    _sample_window(
+    _call["sample_window"](
         batch, window, vocab, kind, 0 if noise is None else noise.shape[1], top_k, legal_begin, legal_end,
         int(per_position), threads, guidance, temperature, top_p, at,
         at + batch * window * vocab * logits.element_size() if guided else 0, seeds.data_ptr(), lengths.data_ptr(),
@@ -239,7 +249,7 @@ def verify(
         _need("q", q, _F32, batch, window - 1, vocab)
     decided = _empty(_I64, batch, window)
     accepted, settled, fault = _empty(_I32, batch), _empty(_I32, batch), _empty(_I32, batch)
-    _verify(
+    _call["verify"](
         batch, window, vocab, padded, total, rule, torch.get_num_threads(), tokens.data_ptr(), p.data_ptr(),
         bad.data_ptr(), drafts.data_ptr(), q.data_ptr(), status.data_ptr(), levels.data_ptr(), forced.data_ptr(),
         lengths.data_ptr(), steps.data_ptr(), done.data_ptr(), seeds.data_ptr(), decided.data_ptr(),
@@ -271,7 +281,7 @@ def commit(
         _need(name, tensor, _I32, batch)
     _need("histogram", histogram, _I64, batch, window + 1)
     _need("kv_lengths", kv_lengths, _I32, kv_lengths.numel())
-    _commit(
+    _call["commit"](
         batch, window, padded, total, kv_lengths.numel(), decided.data_ptr(), accepted.data_ptr(), fault.data_ptr(),
         tokens.data_ptr(), lengths.data_ptr(), steps.data_ptr(), done.data_ptr(), failed.data_ptr(),
         failed_step.data_ptr(), histogram.data_ptr(), kv_lengths.data_ptr(),
@@ -332,9 +342,9 @@ def refine(
             vocab = directions.shape[0]
             _need("directions", directions, _F32, vocab, dim)
             size = _library.sjd2_refine_workspace(batch, window, vocab)
-            workspace = _empty(torch.uint8, max(size, 0))
+            workspace = _empty(_F32, max(size, 0) // 4)
     keeps_q = q.shape[-1] > 0
-    _refine(
+    _call["refine"](
         batch, window, padded, vocab, dim, rows, kind, level_count, fresh_level, torch.get_num_threads(),
         decided.data_ptr(), p.data_ptr() if keeps_q else 0, accepted.data_ptr(), settled.data_ptr(),
         lengths.data_ptr(), forced.data_ptr(), initial.data_ptr(), drafts.data_ptr(), status.data_ptr(),

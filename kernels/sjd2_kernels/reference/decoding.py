@@ -43,7 +43,7 @@ def embed_window(
     noisy f32 [B, W−1, D] in the normalised space, mean and std f32 [D].
     """
     batch, window = tokens.shape
-    embeds = table.index_select(0, tokens.clamp(min=0).flatten()).view(batch, window, -1)
+    embeds = table.index_select(0, tokens.clamp(min=0).flatten()).view(batch, window, table.shape[1])
     embeds[:, 0] = torch.where(tokens[:, :1] < 0, start, embeds[:, 0])
     if noisy is not None and mean is not None and std is not None:
         dirty = torch.addcmul(mean, noisy, std).to(table.dtype)
@@ -285,7 +285,7 @@ def _denoise(
     carried = source <= last
     source = source.clamp(max=last)
     level = levels.gather(1, source)
-    target = (table.index_select(0, token.flatten()).view(*token.shape, -1).float() - mean) / std
+    target = (table.index_select(0, token.flatten()).view(*token.shape, noisy.shape[-1]).float() - mean) / std
     r = ratios[level.clamp(min=0)].unsqueeze(-1)
     refined = target + r * (_rows(noisy, source) - target)
     fresh = rng.normals(seeds, positions, 0, noisy.shape[-1]) if noise is None else _rows(noise, positions)
@@ -365,7 +365,7 @@ def _run(passed: Tensor) -> Tensor:
 
 def _rows(source: Tensor, index: Tensor) -> Tensor:
     """source[b, index[b, i]] for [B, n, X] and [B, m] → [B, m, X], always a new tensor."""
-    batch, length = source.shape[:2]
+    batch, length, size = source.shape
     if batch > 1:
         index = index + torch.arange(0, batch * length, length, device=index.device)[:, None]
-    return source.reshape(batch * length, -1).index_select(0, index.flatten()).view(batch, -1, source.shape[-1])
+    return source.reshape(batch * length, size).index_select(0, index.flatten()).view(*index.shape, size)
