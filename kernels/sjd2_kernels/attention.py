@@ -79,10 +79,8 @@ def _attend(
         if MASKED:
             logits = tl.where((start + entry)[None, :] < seen[:, None], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1) * scale)
-        # A query may see nothing of its chunk's last blocks: −inf − −inf must not appear.
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
-        weights = tl.exp2(logits * scale - shift[:, None])
-        fade = tl.exp2(top - shift)
+        weights = tl.exp2(logits * scale - new_top[:, None])
+        fade = tl.exp2(top - new_top)
         total = total * fade + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
         top = new_top
@@ -159,8 +157,7 @@ def _window_attention_kernel(
         q, keys, values, acc, top, total, begin + whole, end, seen, scale, STRIDE, HEAD, BLOCK_N, BLOCK_D, True
     )
 
-    # Queries of a tile that see nothing of this split have no weights; the combination leaves them out.
-    total = tl.where(total == 0.0, 1.0, total)
+    # Queries of a tile that see nothing of this split are left with NaN, which the combination does not read.
     if mass_ptr is not None:
         query += tl.cast(split, tl.int64) * tl.num_programs(1) * width * (KV_HEADS * GROUP)
         tl.store(mass_ptr + query, top + tl.log2(total), mask=real)
