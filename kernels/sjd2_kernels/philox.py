@@ -42,7 +42,7 @@ def interleave4(a, b, c, d):
 @triton.jit
 def uniforms(seed, position, iteration, purpose: tl.constexpr, lanes):
     """Uniforms in [0, 1) f32 [..., 4n], bit for bit `rng.uniforms`."""
-    a, b, c, d = words(seed, position, iteration, purpose, lanes)
+    a, b, c, d = words(seed, position, iteration, purpose, lanes)  # pyright: ignore[reportGeneralTypeIssues]
     return tl.uint_to_uniform_float(interleave4(a, b, c, d))
 
 
@@ -90,7 +90,7 @@ def _box_muller(u, v):
 @triton.jit
 def normals(seed, position, epoch, lanes):
     """Standard normal noise f32 [..., 4n], as `rng.normals` (purpose NOISE)."""
-    a, b, c, d = words(seed, position, epoch, NOISE, lanes)
+    a, b, c, d = words(seed, position, epoch, NOISE, lanes)  # pyright: ignore[reportGeneralTypeIssues]
     x0, x1 = _box_muller(tl.uint_to_uniform_float(a), tl.uint_to_uniform_float(b))
     x2, x3 = _box_muller(tl.uint_to_uniform_float(c), tl.uint_to_uniform_float(d))
     return interleave4(x0, x1, x2, x3)

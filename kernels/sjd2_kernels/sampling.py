@@ -7,6 +7,8 @@ legal ids alone, so that a row's sums, hence its nucleus, do not change with the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -173,28 +175,20 @@ def sample_window(
         outputs = tokens, p if need_p else None, bad
         numbers = (
             guidance if sets else None,
-            None if temperature == 1.0 else temperature,
+            None if temperature in (0.0, 1.0) else temperature,
             top_k if 0 < top_k < vocab else None,
             top_p if top_p < 1.0 else None,
         )
-        switches = {"GREEDY": temperature == 0.0, "PER_POSITION": per_position}
+        switches: dict[str, Any] = {"GREEDY": temperature == 0.0, "PER_POSITION": per_position}
         if end - first > ONE_BLOCK:
             sampling_split.launch(inputs, outputs, (begin, end), numbers, switches)
         else:
-            block = max(triton.next_power_of_2(end - first), min(WARPS))
+            block: Any = max(triton.next_power_of_2(end - first), min(WARPS))
             warps = WARPS[block]
+            config: dict[str, Any] = {"BLOCK": block, "TURN": min(block, 256 * warps), "num_warps": warps}
             padded = 0 if inputs[-1] is None else inputs[-1].shape[1]
             sizes = batch * window, window, padded, vocab, first, begin, end
-            _sample_kernel[(batch * window,)](
-                *inputs,
-                *outputs,
-                *sizes,
-                *numbers,
-                **switches,
-                BLOCK=block,
-                TURN=min(block, 256 * warps),
-                num_warps=warps,
-            )
+            _sample_kernel[(batch * window,)](*inputs, *outputs, *sizes, *numbers, **switches, **config)
     return tokens, p, bad.view(torch.bool)
 
 

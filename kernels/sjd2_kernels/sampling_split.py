@@ -28,8 +28,8 @@ from .order import (
     value_of,
 )
 
-CHUNK = {"BLOCK": 4096, "num_warps": 8}
-ROW = {"BLOCK": 8192, "num_warps": 32}
+CHUNK: dict[str, Any] = {"BLOCK": 4096, "num_warps": 8}
+ROW: dict[str, Any] = {"BLOCK": 8192, "num_warps": 32}
 
 
 @triton.jit(do_not_specialize=["rows", "begin", "end"])
@@ -197,20 +197,21 @@ def launch(
     logits, _, _, _, noise = inputs
     tokens, p, bad = outputs
     batch, window, vocab = logits.shape[-3:]
-    rows, chunks, device = batch * window, triton.cdiv(vocab, CHUNK["BLOCK"]), logits.device
+    rows, device = batch * window, logits.device
+    chunks: Any = triton.cdiv(vocab, CHUNK["BLOCK"])
     best = torch.empty((rows, chunks), dtype=torch.int64, device=device)
-    mass = cut = draw = None
+    mass = cut = drawn = None
     if not switches["GREEDY"]:
         mass = torch.empty((rows, chunks), dtype=torch.float32, device=device)
         cut = torch.empty((rows, 4), dtype=torch.float32, device=device)
-        draw = torch.empty((rows, 2), dtype=torch.int64, device=device)
+        drawn = torch.empty((rows, 2), dtype=torch.int64, device=device)
     scale = numbers[:2]  # guidance, temperature
     _chunk_kernel[(rows, chunks)](logits, best, mass, rows, vocab, *legal, *scale, **CHUNK)
     _row_kernel[(rows,)](
-        logits, best, mass, tokens, bad, cut, draw, rows, vocab, chunks, *legal, *numbers,
-        CHUNKS=triton.next_power_of_2(chunks), **ROW,
+        logits, best, mass, tokens, bad, cut, drawn, rows, vocab, chunks, *legal, *numbers,
+        **ROW, **{"CHUNKS": triton.next_power_of_2(chunks)},
     )  # fmt: skip
-    if draw is not None or p is not None:
+    if drawn is not None or p is not None:
         padded = 0 if noise is None else noise.shape[1]
         sizes = rows, window, padded, vocab, *legal
-        _draw_kernel[(rows, chunks)](*inputs, tokens, p, cut, draw, *sizes, *scale, **switches, **CHUNK)
+        _draw_kernel[(rows, chunks)](*inputs, tokens, p, cut, drawn, *sizes, *scale, **switches, **CHUNK)

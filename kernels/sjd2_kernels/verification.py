@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -47,7 +49,8 @@ def _judge(
     x = tl.minimum(draft, vocab - 1)
     p_x = tl.load(p_ptr + (row + image).to(tl.int64) * vocab + x, mask=inside, other=0.0)
     q_x = tl.load(q_ptr + row.to(tl.int64) * vocab + x, mask=inside, other=0.0)
-    bits, _, _, _ = words(tl.load(seeds_ptr + image), position, tl.load(steps_ptr + image) + 1, ACCEPT, slots * 0)
+    seed, iteration = tl.load(seeds_ptr + image), tl.load(steps_ptr + image) + 1
+    bits, _, _, _ = words(seed, position, iteration, ACCEPT, slots * 0)  # pyright: ignore[reportGeneralTypeIssues]
     tested = is_open & (status == _TRACKED)
     kept = tested & (tl.uint_to_uniform_float(bits) * q_x < p_x)
     return is_open, clean, status == _SETTLED, tested, kept, p_x >= _KEEP_RATIO * q_x, draft
@@ -199,6 +202,11 @@ def _scan_kernel(
     tl.store(fault_ptr + image, tl.where(failing, length + first_bad, -1))
 
 
+def _expect_i32(shape: tuple[int, ...], **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        expect(name, tensor, torch.int32, *shape)
+
+
 def verify(
     tokens: Tensor,
     p: Tensor,
@@ -220,13 +228,11 @@ def verify(
     vocab, match = p.shape[-1], rule == reference.MATCH
     expect("tokens", tokens, torch.int64, batch, window)
     expect("bad", bad, torch.bool, batch, window)
-    expect("drafts", drafts, torch.int64, batch, window - 1)
-    for name, state in (("status", status), ("levels", levels)):
-        expect(name, state, torch.int32, batch, window - 1)
-    for name, counter in (("lengths", lengths), ("steps", steps), ("done", done)):
-        expect(name, counter, torch.int32, batch)
-    expect("seeds", seeds, torch.int64, batch)
     expect("forced", forced, torch.int64, *forced.shape)
+    expect("seeds", seeds, torch.int64, batch)
+    _expect_i32((batch,), lengths=lengths, steps=steps, done=done)
+    _expect_i32((batch, window - 1), status=status, levels=levels)
+    expect("drafts", drafts, torch.int64, batch, window - 1)
     if not match:
         expect("p", p, torch.float32, batch, window, vocab)
         expect("q", q, torch.float32, batch, window - 1, vocab)
@@ -237,23 +243,24 @@ def verify(
     accepted, settled, fault = (torch.empty((batch,), dtype=torch.int32, device=device) for _ in range(3))
     if batch == 0:
         return decided, accepted, settled, fault
-    slots = max(triton.next_power_of_2(window), 16)
+    slots: Any = max(triton.next_power_of_2(window), 16)
+    judge: dict[str, Any] = {"RULE": rule, "SLOTS": slots}
+    replace: dict[str, Any] = judge | {"BLOCK": BLOCK, "num_warps": 4}
     best, parts = None, 1
     if not match:
-        blocks = triton.cdiv(vocab, BLOCK)
-        span = triton.cdiv(blocks, PARTS_OF_EACH if rule == reference.COUPLED else PARTS_OF_ONE)
-        parts = triton.cdiv(blocks, span)
+        blocks: Any = triton.cdiv(vocab, BLOCK)
+        span: Any = triton.cdiv(blocks, PARTS_OF_EACH if rule == reference.COUPLED else PARTS_OF_ONE)
+        parts: Any = triton.cdiv(blocks, span)
         candidates = window - 1 if rule == reference.COUPLED else 1
         best = torch.empty((batch, candidates, parts), dtype=torch.int64, device=device)
         if window > 1:
             _replace_kernel[(batch, candidates, parts)](
-                p, drafts, q, status, levels, forced, lengths, steps, seeds, best, window, vocab, span,
-                RULE=rule, BLOCK=BLOCK, SLOTS=slots, num_warps=4,
+                p, drafts, q, status, levels, forced, lengths, steps, seeds, best, window, vocab, span, **replace,
             )  # fmt: skip
+    scan: dict[str, Any] = judge | {"PARTS": triton.next_power_of_2(parts), "num_warps": max(slots // 32, 4)}
     _scan_kernel[(batch,)](
         tokens, p, bad.view(torch.int8), drafts, q, status, levels, forced, lengths, steps, done, seeds, best,
-        decided, accepted, settled, fault, window, vocab, total, parts,
-        RULE=rule, SLOTS=slots, PARTS=triton.next_power_of_2(parts), num_warps=max(slots // 32, 4),
+        decided, accepted, settled, fault, window, vocab, total, parts, **scan,
     )  # fmt: skip
     return decided, accepted, settled, fault
 
@@ -319,16 +326,17 @@ def commit(
     batch, window = decided.shape
     expect("decided", decided, torch.int64, batch, window)
     expect("tokens", tokens, torch.int64, batch, tokens.shape[1])
-    counters = {"accepted": accepted, "fault": fault, "lengths": lengths, "steps": steps, "done": done}
-    for name, counter in (counters | {"failed": failed, "failed_step": failed_step}).items():
-        expect(name, counter, torch.int32, batch)
+    _expect_i32((batch,), accepted=accepted, fault=fault, lengths=lengths, steps=steps, done=done)
+    _expect_i32((batch,), failed=failed, failed_step=failed_step)
     expect("histogram", histogram, torch.int64, batch, window + 1)
     expect("kv_lengths", kv_lengths, torch.int32, *kv_lengths.shape)
     if batch == 0:
         return
     rows = kv_lengths.numel() // batch
+    config: dict[str, Any] = {
+        "SLOTS": triton.next_power_of_2(window), "ROWS": triton.next_power_of_2(max(rows, 1)), "num_warps": 1,
+    }  # fmt: skip
     _commit_kernel[(batch,)](
         decided, accepted, fault, tokens, lengths, steps, done, failed, failed_step, histogram, kv_lengths,
-        batch, window, tokens.shape[1], total, rows,
-        SLOTS=triton.next_power_of_2(window), ROWS=triton.next_power_of_2(max(rows, 1)), num_warps=1,
+        batch, window, tokens.shape[1], total, rows, **config,
     )  # fmt: skip
