@@ -267,7 +267,7 @@ def finetune(
         "out/data"
     ),
     minutes: Annotated[float, typer.Option(help="Wall-clock time of the training itself.")] = 26.0,
-    levels: Annotated[str, typer.Option(help="Counts of noise levels to train, the main one first.")] = "4,3",
+    levels: Annotated[str, typer.Option(help="Counts of noise levels to train, the main one first.")] = "3,2",
     t_min: Annotated[float, typer.Option(help="Smallest noise level, in (0, 1).")] = 0.75,
     batch: Annotated[int, typer.Option(help="Pictures per step.")] = 32,
     rate: Annotated[float, typer.Option(help="Largest learning rate.")] = 1e-3,

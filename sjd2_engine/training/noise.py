@@ -25,7 +25,7 @@ from .loop import Trainer
 
 SEGMENT = (2, 12)  # positions of one level, both ends included: about what a window accepts per step
 CLEAN_RUN = (0, 60)  # clean positions between two staircases
-CLEAN_SHARE = 0.25  # of the pictures, left without any noise
+CLEAN_SHARE = 0.33  # of the pictures, left without any noise
 OTHER_COUNTS = 0.3  # of the batches, with another count of levels than the first
 
 
@@ -74,9 +74,9 @@ def noisy_batch(
     model: Transformer, batch: Batch, levels: Tensor, times: Tensor, generator: torch.Generator
 ) -> NoisyBatch:
     """Noise the image inputs in the normalised embedding space: e = (1 - t) norm(E[x]) + t noise, and back."""
-    mean, std = embedding_statistics(model.embedding.detach(), model.head.out_features)
+    mean, std = embedding_statistics(model.embedding.detach(), model.image_vocabulary)
     clean = model.embedding[batch.image[:, :-1]]
-    inner = levels[:, :-1].masked_fill(batch.image[:, :-1] >= model.head.out_features, CLEAN)
+    inner = levels[:, :-1].masked_fill(batch.image[:, :-1] >= model.image_vocabulary, CLEAN)
     t = times[inner.clamp(min=0)].masked_fill(inner == CLEAN, 0.0)[:, :, None]
     noise = torch.randn(clean.shape, generator=generator)
     # De-normalising (1 - t)(x - mean)/std + t noise gives x + t (std noise + mean - x): exactly x where t = 0.
