@@ -128,7 +128,7 @@ SJD2_FN float exp_of(float x) {
 SJD2_FN float exponential_of(float u) {
     const float v = select(u < 1.16415322e-10f, 1.16415322e-10f, u);
     const float w = 1.0f - v;
-    const float lost = (1.0f - w) - v; /* what rounding w took; 0 for v >= 1/2, else of relevance only where 1/w ~ 1+v */
+    const float lost = (1.0f - w) - v; /* to rounding; 0 for v >= 1/2, and of relevance only where 1/w ~ 1 + v */
     return -(log_normal(w) + lost * (1.0f + v));
 }
 

@@ -52,10 +52,10 @@ int64_t sjd2_random(const sjd2_random_params *params) {
 int64_t sjd2_embed_window(const sjd2_embed_window_params *params) {
     SJD2_REQUIRE_STRUCT(params);
     const sjd2_embed_window_params &a = *params;
-    const int64_t slots = a.window - 1, count = a.batch * a.window * a.dim;
     SJD2_REQUIRE(a.window >= 1 && sizes({a.batch, a.window, a.dim}) && sizes({a.rows, a.dim}), SJD2_ERROR_SIZE);
     SJD2_REQUIRE(a.rows >= 1 && a.threads >= 0, SJD2_ERROR_SIZE);
     SJD2_REQUIRE(known_type(a.type), SJD2_ERROR_VALUE);
+    const int64_t drafts = a.window - 1, count = a.batch * a.window * a.dim;
     SJD2_REQUIRE(given(count, {a.tokens, a.table, a.start, a.out}), SJD2_ERROR_NULL);
     if (a.noisy) SJD2_REQUIRE(given(count, {a.levels, a.mean, a.std}), SJD2_ERROR_NULL);
     if (count == 0) return SJD2_OK;
@@ -67,7 +67,7 @@ int64_t sjd2_embed_window(const sjd2_embed_window_params *params) {
         const int64_t row = unit / a.window, slot = unit % a.window, token = a.tokens[unit];
         char *out = (char *)a.out + unit * stride;
         if (slot > 0 && a.noisy && a.levels[unit] >= 0)
-            return k.denormalize(dims, a.noisy + (row * slots + slot - 1) * a.dim, out);
+            return k.denormalize(dims, a.noisy + (row * drafts + slot - 1) * a.dim, out);
         const bool prompt = slot == 0 && token < 0;
         const char *source = prompt ? (const char *)a.start + row * stride
                                     : (const char *)a.table + (token > 0 ? token : 0) * stride;
@@ -79,7 +79,7 @@ int64_t sjd2_embed_window(const sjd2_embed_window_params *params) {
 int64_t sjd2_perturb(const sjd2_perturb_params *params) {
     SJD2_REQUIRE_STRUCT(params);
     const sjd2_perturb_params &a = *params;
-    SJD2_REQUIRE(sizes({a.batch, a.length, a.dim}) && a.level_count >= 0 && a.threads >= 0, SJD2_ERROR_SIZE);
+    SJD2_REQUIRE(sizes({a.batch, a.length, a.dim}) && sizes({a.level_count}) && a.threads >= 0, SJD2_ERROR_SIZE);
     SJD2_REQUIRE(known_type(a.type) && (a.denormalize == 0 || a.denormalize == 1), SJD2_ERROR_VALUE);
     const int64_t units = a.batch * a.length;
     SJD2_REQUIRE(given(units * a.dim, {a.x, a.levels, a.positions, a.seeds, a.mean, a.std, a.out}), SJD2_ERROR_NULL);

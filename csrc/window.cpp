@@ -172,7 +172,8 @@ int64_t sjd2_commit(const sjd2_commit_params *params) {
     for (int64_t row = 0; row < a.batch; ++row) {
         const int32_t accepted = a.accepted[row];
         const bool live = a.done[row] == 0, failing = a.fault[row] >= 0;
-        memcpy(a.tokens + row * a.padded + a.lengths[row], a.decided + row * a.window, sizeof(int64_t) * (size_t)accepted);
+        memcpy(a.tokens + row * a.padded + a.lengths[row], a.decided + row * a.window,
+               sizeof(int64_t) * (size_t)accepted);
         a.histogram[row * (a.window + 1) + accepted] += live;
         if (failing) a.failed[row] = a.fault[row], a.failed_step[row] = a.steps[row];
         a.lengths[row] += accepted;
@@ -303,9 +304,9 @@ static void take_nearest(const sjd2_refine_params &a) {
 }
 
 static int64_t check_refine(const sjd2_refine_params &a) {
-    const int64_t drafts = a.window - 1, count = a.batch * drafts;
     SJD2_REQUIRE(a.window >= 1 && sizes({a.batch, a.window, a.vocab}) && a.vocab <= LARGEST_VOCAB, SJD2_ERROR_SIZE);
     SJD2_REQUIRE(sizes({a.batch, a.padded}) && a.padded >= a.window && a.threads >= 0, SJD2_ERROR_SIZE);
+    const int64_t drafts = a.window - 1, count = a.batch * drafts;
     SJD2_REQUIRE(given(count, {a.decided, a.accepted, a.settled, a.lengths, a.forced, a.initial}), SJD2_ERROR_NULL);
     SJD2_REQUIRE(given(count, {a.drafts, a.status, a.levels}), SJD2_ERROR_NULL);
     SJD2_REQUIRE((a.p && a.vocab) || !a.q, SJD2_ERROR_NULL);
@@ -314,7 +315,8 @@ static int64_t check_refine(const sjd2_refine_params &a) {
     SJD2_REQUIRE(within(a.lengths, a.batch, 0, a.padded - drafts + 1), SJD2_ERROR_INDEX);
     if (!a.noisy) return SJD2_OK;
     SJD2_REQUIRE(sizes({a.batch, a.window, a.dim}) && sizes({a.rows, a.dim}) && a.dim >= 1, SJD2_ERROR_SIZE);
-    SJD2_REQUIRE(a.level_count >= 1 && (!a.noise || sizes({a.batch, a.padded, a.dim})), SJD2_ERROR_SIZE);
+    SJD2_REQUIRE(a.level_count >= 1 && sizes({a.level_count}), SJD2_ERROR_SIZE);
+    SJD2_REQUIRE(!a.noise || sizes({a.batch, a.padded, a.dim}), SJD2_ERROR_SIZE);
     SJD2_REQUIRE(known_type(a.type), SJD2_ERROR_VALUE);
     SJD2_REQUIRE(a.fresh_level >= -1 && a.fresh_level < a.level_count, SJD2_ERROR_VALUE);
     SJD2_REQUIRE(given(1, {a.table, a.mean, a.std, a.ratios, a.seeds}), SJD2_ERROR_NULL);
