@@ -34,6 +34,9 @@ def named(*names: str) -> Callable[[Mapping[str, Any]], bool]:
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     ".scenes": named("scenes"),
     ".chameleon": named("chameleon", "lumina-mgpt"),
+    ".llamagen": named("llamagen"),
+    ".emu3": named("emu3", "Emu3"),
+    ".janus": named("janus", "multi_modality"),
 }
 
 

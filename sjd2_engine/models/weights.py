@@ -128,7 +128,7 @@ class Checkpoint:
         """How many numbers the tensors of a prefix hold, without reading them."""
         return sum(
             torch.Size(self.shape(name)).numel()
-            for name in self._file_of
+            for name in self.names()
             if name.startswith(prefix) and not name.endswith(NEVER_WEIGHTS)
         )
 
@@ -205,23 +205,28 @@ def load_transformer(
 
 
 def load_module(build: Callable[[], Module], checkpoint: Checkpoint, prefix: str, device: torch.device) -> Module:
-    """A module in float32 on `device` whose parameters lie in the checkpoint under their own names behind `prefix`.
+    """A module in float32 on `device` whose weights lie in the checkpoint under their own names behind `prefix`.
 
     For picture tokenizers: 16 bits would show as banding. Raises CheckpointError.
     """
     with torch.device("meta"):
         module = build()
-    sources = {name: [Rows(prefix + name)] for name, _ in module.named_parameters()}
+    sources = {name: [Rows(prefix + name)] for name in weights_of(module)}
     check(module, checkpoint, sources, ignore=("",))
     module.to_empty(device=device)
     fill(module, checkpoint, sources)
     return module.eval().requires_grad_(False)
 
 
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Everything that a checkpoint has to fill: parameters, and statistics that batch norms keep as buffers."""
+    return {name: tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+
+
 def check(model: nn.Module, checkpoint: Checkpoint, sources: Sources, ignore: Iterable[str] = ()) -> None:
     """Compare names, shapes and types with the model's parameters; raises CheckpointError."""
     used = {part.name for parts in sources.values() for part in parts if isinstance(part, Rows)}
-    for name, parameter in model.named_parameters():
+    for name, parameter in weights_of(model).items():
         shapes = [_shape(part, checkpoint) for part in sources[name]]
         odd = [i for i, shape in enumerate(shapes) if shape[1:] != tuple(parameter.shape[1:])]
         rows = sum(shape[0] for shape in shapes)
@@ -264,7 +269,7 @@ def _shape(part: Rows | Tensor, checkpoint: Checkpoint) -> tuple[int, ...]:
 @torch.no_grad()
 def fill(model: nn.Module, checkpoint: Checkpoint, sources: Sources) -> None:
     """Copy the sources into the model's parameters, casting and moving as they need; checked beforehand."""
-    parameters = dict(model.named_parameters())
+    parameters = weights_of(model)
     total = sum(parameter.nbytes for parameter in parameters.values())
     with tqdm(
         total=total, desc=f"loading {checkpoint.path.name}", unit="B", unit_scale=True, leave=False,

@@ -1,0 +1,90 @@
+"""Parts of Janus beside its decoder: the inputs of image tokens, transformers' picture tokenizer, and the names of
+both in the authors' releases."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .weights import Checkpoint, load_module
+
+# Tensors of the authors' releases by transformers' names, in this order.
+TENSORS = (
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^(vision_model|aligner)\.", r"model.\1."),
+    (r"^gen_embed\.", "model.generation_embeddings."),
+    (r"^gen_aligner\.layers\.0\.", "model.generation_aligner.fc1."),
+    (r"^gen_head\.output_mlp_projector\.", "model.generation_head.proj_out."),
+    (r"^gen_head\.", "model.generation_head."),
+    (r"^gen_vision_model\.", "model.vqmodel."),
+    (r"^(model\.vqmodel\.decoder)\.conv_blocks\.", r"\1.up."),
+    (r"^(model\.vqmodel\.decoder\.up\.\d+)\.res\.", r"\1.block."),
+    (r"^(model\.vqmodel\.decoder\.mid)\.0\.", r"\1.block_1."),
+    (r"^(model\.vqmodel\.decoder\.mid)\.1\.", r"\1.attn_1."),
+    (r"^(model\.vqmodel\.decoder\.mid)\.2\.", r"\1.block_2."),
+)
+PIXELS = "model.vqmodel."
+
+
+def renamed(name: str) -> str:
+    """transformers' name of a tensor in the authors' releases."""
+    layer = re.match(r"gen_aligner\.layers\.([1-9]\d*)\.(\w+)$", name)
+    if layer:  # every other layer is an activation
+        return f"model.generation_aligner.hidden_layers.{int(layer[1]) // 2 - 1}.{layer[2]}"
+    for pattern, new in TENSORS:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+class ImageInputs(nn.Module):
+    """What the decoder reads for every image token: a small embedding, and layers that widen it to the model's."""
+
+    def __init__(self, vq: dict[str, Any]) -> None:
+        super().__init__()
+        width = vq["projection_dim"]
+        self.generation_embeddings = nn.Embedding(vq["num_embeddings"], vq["embed_dim"])
+        first = nn.Linear(vq["embed_dim"], width)
+        others = nn.ModuleList(nn.Linear(width, width) for _ in range(vq["num_hidden_layers"] - 1))
+        self.generation_aligner = nn.ModuleDict({"fc1": first, "hidden_layers": others})
+
+    def forward(self) -> Tensor:
+        """All of them, float32 [V, D]."""
+        x = self.generation_aligner["fc1"](self.generation_embeddings.weight)
+        for layer in self.generation_aligner["hidden_layers"].children():
+            x = layer(F.gelu(x))
+        return x
+
+
+def image_table(checkpoint: Checkpoint, vq: dict[str, Any], device: torch.device) -> Tensor:
+    """Inputs of all image tokens, float32 [V, D]: constants of the weights, hence computed once."""
+    with torch.inference_mode():
+        return load_module(lambda: ImageInputs(vq), checkpoint, "model.", device)()
+
+
+def pixel_parameters(checkpoint: Checkpoint) -> int:
+    """Numbers that picture decoding needs."""
+    return sum(checkpoint.size(PIXELS + part) for part in ("decoder.", "post_quant_conv.", "quantize.embedding."))
+
+
+def load_vq(checkpoint: Checkpoint, vq: dict[str, Any], device: torch.device) -> Any:
+    """transformers' JanusVQVAE without its encoder, in float32; raises CheckpointError."""
+    try:
+        from transformers import JanusVQVAE, JanusVQVAEConfig
+    except ImportError:
+        raise CheckpointError("Janus's picture tokenizer needs: pip install 'sjd2-engine[hf]'") from None
+
+    def build() -> Any:
+        try:
+            model = JanusVQVAE(JanusVQVAEConfig(**vq))
+        except Exception as error:  # the checks of transformers and of its modules raise many kinds
+            raise CheckpointError(f"{checkpoint.path}/config.json describes no picture tokenizer ({error})") from error
+        del model.encoder, model.quant_conv
+        return model
+
+    return load_module(build, checkpoint, PIXELS, device)
