@@ -30,7 +30,7 @@ FASTEST_LEVELS = 2
 DEFAULTS: Mapping[str, Any] = {
     "decoder": "jacobi",
     "guidance_scale": 1.5,
-    "temperature": 1.0,
+    "temperature": 0.9,
     "repeat_distance": 2 * (GRID + 1),  # grounds repeat every other row of tokens
     # The fastest windows on two CPU cores, not those with the fewest passes (docs/performance.md).
     "jacobi": {"window": 16},
