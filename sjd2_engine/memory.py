@@ -11,7 +11,7 @@ from .config import DecodeConfig
 from .decoders import make_plan
 from .models import ModelFacts
 from .transformer import Transformer
-from .window import NOISE_TABLE_LIMIT
+from .window import keeps_noise_table
 
 FLOAT, INTEGER = 4, 8  # bytes
 
@@ -53,11 +53,9 @@ def window_bytes(facts: ModelFacts, config: DecodeConfig, batch: int, device: st
         size += batch * (width - 1) * dim * FLOAT
     if plan.nearest:
         size += vocabulary * dim * FLOAT
-    if device == "cpu":
-        # Noise that is drawn once for the whole picture while it stays small.
-        drawn = (plan.per_position and vocabulary, plan.noisy and dim)
-        size += sum(batch * positions * n * FLOAT for n in drawn if batch * positions * n <= NOISE_TABLE_LIMIT)
-    return size
+    drawn = (("sample_window", plan.per_position and vocabulary), ("refine", plan.noisy and dim))
+    tables = [(op, batch * positions * count) for op, count in drawn]
+    return size + FLOAT * sum(count for op, count in tables if keeps_noise_table(op, device, count))
 
 
 def decode_memory(

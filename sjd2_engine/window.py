@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sjd2_kernels.ops  # noqa: F401  (registers torch.ops.sjd2)
-from sjd2_kernels import rng
+from sjd2_kernels import dispatch, rng
 
 from .config import MAX_SEED, DecodeConfig
 from .decoders import make_plan
@@ -17,7 +17,8 @@ from .errors import ConfigError
 from .layout import TokenLayout
 from .schedule import CLEAN, embedding_statistics, noise_times, refine_ratios
 
-# On the CPU position-keyed noise is drawn once for the whole picture while it stays this small.
+# On the CPU position-keyed noise is drawn once for the whole picture while it stays this small, except for the C core:
+# it draws as fast as it reads a table, and so a picture never depends on whether its batch was small enough for one.
 NOISE_TABLE_LIMIT = 8 * 2**20
 
 
@@ -209,7 +210,7 @@ class JacobiWindow:
         self._ratios = refine_ratios(self.times)
         dim, padded = self._embedding.shape[1], self.total + self.width
         positions = torch.arange(padded, device=self.device).expand(self.batch, -1)
-        if self.device.type == "cpu" and self.batch * padded * dim <= NOISE_TABLE_LIMIT:
+        if keeps_noise_table("refine", self.device.type, self.batch * padded * dim):
             self._noise = rng.normals(self.seeds, positions, 0, dim)
         self._noisy = rng.normals(self.seeds, positions[:, : self.width - 1], 0, dim).contiguous()
         if self.plan.nearest:
@@ -225,7 +226,7 @@ class JacobiWindow:
         self._q = torch.zeros(self.batch, self.width - 1, ids, device=self.device)
         self._gumbel = None
         size = self.batch * (self.total + self.width) * vocab
-        if self.device.type == "cpu" and self.plan.per_position and size <= NOISE_TABLE_LIMIT:
+        if self.plan.per_position and keeps_noise_table("sample_window", self.device.type, size):
             positions = torch.arange(self.total, device=self.device).expand(self.batch, -1)
             table = rng.gumbel(self.seeds, positions, 0, rng.SAMPLE, vocab)
             self._gumbel = torch.nn.functional.pad(table, (0, 0, 0, self.width))
@@ -255,6 +256,11 @@ class JacobiWindow:
                 f"kv_lengths is {kv_lengths.dtype} {tuple(kv_lengths.shape)}: expected int32 [R·{self.batch}]"
             )
         return kv_lengths
+
+
+def keeps_noise_table(op: str, device: str, size: int) -> bool:
+    """Whether a window hands `op` its position-keyed noise as a table of `size` numbers."""
+    return device == "cpu" and size <= NOISE_TABLE_LIMIT and dispatch.choice(op, device)[0] != "c"
 
 
 def initial_tokens(
