@@ -19,6 +19,9 @@ from precision import assert_as_close_as_plain
 from sjd2_kernels import attention, reference
 from sjd2_kernels.dispatch import NotSupported
 
+# NaN, infinities and overflow are part of what is tested; the interpreter's numpy speaks of them.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -131,6 +134,15 @@ def test_chunks_of_the_default_size(monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(Case(3, 2, 1, 16, 2, (attention.CHUNK - 2, 2 * attention.CHUNK + 50, 9)), torch.float32)
     got = attended(args, monkeypatch, attention.CHUNK)
     assert (got - reference.window_attention(**args)).abs().max() <= 1e-5
+
+
+def test_long_chunks_where_tiles_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "LONG_CHUNK", 64)
+    args = arguments(Case(65, 24, 24, 16, 2, (60,)), torch.float16)
+    got = attended(args, monkeypatch, chunk=4096)
+    assert_as_close_as_plain(got, plain(args, torch.float16), plain(args, torch.float64))
+    monkeypatch.setattr(attention, "LONG_CHUNK", 4096)
+    assert not torch.equal(got, attended(args, monkeypatch, chunk=64))  # another order of the sums
 
 
 def test_the_tiles_of_large_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,9 @@ from precision import assert_as_close_as_plain
 from sjd2_kernels import attention, cache, norm, reference
 from sjd2_kernels.dispatch import NotSupported
 
+# NaN, infinities and overflow are part of what is tested; the interpreter's numpy speaks of them.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (F32, F16, BF16)
 

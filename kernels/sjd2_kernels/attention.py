@@ -17,7 +17,11 @@ from torch import Tensor
 from .contracts import FLOATS, expect
 from .dispatch import NotSupported
 
-CHUNK = 640  # keys; 2 rows × 32 heads × 2,400 keys then make 256 programs, two for each of 128 multiprocessors
+# Keys per split. A tile of 128 queries fills a multiprocessor, and 2 rows × 32 heads × 2,400 keys make 128 programs for
+# 132 of them; smaller tiles share one, and gain from more and shorter programs.
+CHUNK = 640
+LONG_CHUNK = 1280
+LONG_FROM = 24  # tiles of 128 queries per row
 LONGEST_SPLIT = 128  # more queries than this fill the device without splitting the keys
 LARGEST_HEAD = 128
 
@@ -220,6 +224,14 @@ def _tiles(q: Tensor) -> dict[int, Tile]:
     return LARGE_TILES if large else HALF_TILES
 
 
+def _chunks(entries: int, width: int, tile: Tile, large: bool) -> tuple[int, int]:
+    """Keys per split, and the number of splits."""
+    chunk = LONG_CHUNK if large else CHUNK
+    if width > LONGEST_SPLIT or entries <= chunk:
+        return (entries + tile.keys - 1) // tile.keys * tile.keys, 1
+    return chunk, (entries + chunk - 1) // chunk
+
+
 def window_attention(
     q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, levels: Tensor | None, front: int, scale: float
 ) -> Tensor:
@@ -242,8 +254,8 @@ def window_attention(
     largest = max(tiles) if head % 8 == 0 else 32
     block_m: int = min(max(triton.next_power_of_2(width * group), 16), largest)  # pyright: ignore[reportAssignmentType]
     tile = tiles[block_m]
-    splits = (slots - front + CHUNK - 1) // CHUNK if width <= LONGEST_SPLIT else 1
-    chunk = CHUNK if splits > 1 else (slots - front + tile.keys - 1) // tile.keys * tile.keys
+    programs: int = triton.cdiv(width * group, block_m) * kv_heads  # pyright: ignore[reportAssignmentType]
+    chunk, splits = _chunks(slots - front, width, tile, block_m == 128 and programs >= LONG_FROM)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     parts, mass = out, None
     if splits > 1:
@@ -254,12 +266,12 @@ def window_attention(
         "KV_HEADS": kv_heads, "GROUP": group, "BLOCK_M": block_m, "BLOCK_N": tile.keys,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
-    grid = (triton.cdiv(width * group, block_m) * kv_heads, rows, splits)
+    grid = (programs, rows, splits)
     _window_attention_kernel[grid](
         q, keys, values, lengths, levels, parts, mass, width, slots, front, chunk, scale, **shared, **config
     )
     if mass is not None:
-        config = COMBINE | {"HEADS": heads, "CHUNK": CHUNK}
+        config = COMBINE | {"HEADS": heads, "CHUNK": chunk}
         grid = (triton.cdiv(width * heads, config["BLOCK_M"]), rows)
         _combine_kernel[grid](parts, mass, lengths, out, width, **shared, **config)
     return out
