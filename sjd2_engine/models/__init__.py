@@ -30,9 +30,16 @@ def named(*names: str) -> Callable[[Mapping[str, Any]], bool]:
     return is_one
 
 
+def is_lumina2(config: Mapping[str, Any]) -> bool:
+    """A test of config.json: Lumina-mGPT 2.0 calls itself Chameleon, and has more than twice its vocabulary."""
+    larger = isinstance(size := config.get("vocab_size"), int) and size > 131_072
+    return named("lumina-mgpt-2")(config) or (larger and named("chameleon")(config))
+
+
 # Module -> which config.json is its own; the first that says yes has it.
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     ".scenes": named("scenes"),
+    ".lumina2": is_lumina2,
     ".chameleon": named("chameleon", "lumina-mgpt"),
     ".llamagen": named("llamagen"),
     ".emu3": named("emu3", "Emu3"),
