@@ -17,12 +17,19 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(params=["c", "reference"])
-def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+def each_backend(request: pytest.FixtureRequest) -> Iterator[None]:
     """Run the test on the C core and on the reference."""
     if request.param == "c" and (reason := build.why_unusable()):
         pytest.skip(reason)
     with backend(request.param):
-        yield request.param
+        yield
+
+
+@pytest.fixture
+def on_reference() -> Iterator[None]:
+    """Run the test on the reference, for tests that break it on purpose."""
+    with backend("reference"):
+        yield
 
 
 @pytest.fixture(scope="session")

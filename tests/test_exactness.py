@@ -1,7 +1,8 @@
 """The training-free decoders write what plain autoregressive decoding would: by law, or token for token.
 
 The law of a toy picture is known by enumeration. Total variation between 200,000 decoded pictures and that
-law must be what a perfect sampler shows, and decoders broken on purpose must stand out.
+law must be what a perfect sampler shows, and decoders broken on purpose must stand out. The laws are measured on the
+backend that runs by default; the others must write the same tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor
 from toy import PrefixModel, decode, law_distance
 
 from sjd2_engine import DecodeConfig, JacobiWindow, TokenLayout
-from sjd2_kernels import reference, rng
+from sjd2_kernels import backend, reference, rng
+from sjd2_kernels.reference import decoding
 
 PERFECT = 1.1  # times the mean distance of a perfect sampler; with these law sizes 2.5 standard deviations
 
@@ -64,6 +66,17 @@ def test_law(model: PrefixModel, case: dict) -> None:
     assert law_distance(model, DecodeConfig(**case)) <= PERFECT
 
 
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_backends_write_the_same_tokens(model: PrefixModel, uncond: PrefixModel, case: dict) -> None:
+    prompt = torch.arange(4096) % 2
+    config = DecodeConfig(**case, guidance_scale=2.5, temperature=1.6, top_k=3, top_p=0.9)
+    usual = decode(model, config, prompt, range(4096), uncond)
+    with backend("reference"):
+        expected = decode(model, config, prompt, range(4096), uncond)
+    assert torch.equal(usual.tokens, expected.tokens) and torch.equal(usual.histogram, expected.histogram)
+
+
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("coupling", ["none", "maximal", "gumbel"])
 def test_law_of_longer_pictures(long_model: PrefixModel, coupling: str) -> None:
     config = DecodeConfig(decoder="coupled", coupling=coupling, window=4)
@@ -76,6 +89,7 @@ def test_law_with_guidance_and_truncation(model: PrefixModel, uncond: PrefixMode
     assert law_distance(model, DecodeConfig(**case, **options), uncond=uncond) <= PERFECT
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_greedy_is_one_picture(model: PrefixModel) -> None:
     prompt = torch.arange(6) % 2
     for case in CASES:
@@ -90,6 +104,7 @@ def test_greedy_is_one_picture(model: PrefixModel) -> None:
 # -------------------------------------------------------------------- token for token
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 8])
 def test_jacobi_writes_the_tokens_of_ar(model: PrefixModel, uncond: PrefixModel, window: int) -> None:
     prompt = torch.arange(4096) % 2
@@ -135,6 +150,7 @@ def test_stale_q_is_seen(model: PrefixModel) -> None:
     assert law_distance(model, config, window_class=StaleQ) > 1.5
 
 
+@pytest.mark.usefixtures("on_reference")
 def test_residual_sharing_the_drafts_noise_is_seen(model: PrefixModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def shared(seeds: Tensor, positions: Tensor, iteration: Tensor, count: int) -> tuple[Tensor, Tensor]:
         u, _ = honest(seeds, positions, iteration, count)
@@ -146,6 +162,7 @@ def test_residual_sharing_the_drafts_noise_is_seen(model: PrefixModel, monkeypat
     assert law_distance(model, config) > 1.5
 
 
+@pytest.mark.usefixtures("on_reference")
 def test_noise_shared_by_positions_is_seen(model: PrefixModel, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = rng.gumbel
     monkeypatch.setattr(rng, "gumbel", lambda seeds, positions, *rest: honest(seeds, positions * 0, *rest))
@@ -153,6 +170,7 @@ def test_noise_shared_by_positions_is_seen(model: PrefixModel, monkeypatch: pyte
     assert law_distance(model, DecodeConfig(decoder="sjd", window=3)) > 1.5
 
 
+@pytest.mark.usefixtures("on_reference")
 def test_acceptance_numbers_used_twice_are_seen(long_model: PrefixModel, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = rng.acceptance_draws
     monkeypatch.setattr(rng, "acceptance_draws", lambda s, p, iteration, n: honest(s, p, iteration * 0, n))
@@ -160,13 +178,14 @@ def test_acceptance_numbers_used_twice_are_seen(long_model: PrefixModel, monkeyp
     assert law_distance(long_model, config) > 1.5
 
 
+@pytest.mark.usefixtures("on_reference")
 def test_rejections_drawn_from_p_are_seen(model: PrefixModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = reference._ratio_scan
+    honest = decoding._ratio_scan
 
     def without_residual(decided: Tensor, open_: Tensor, p: Tensor, drafts: Tensor, q: Tensor, *rest: Any):
         _, run = honest(decided, open_, p, drafts, q, *rest)
         passed = torch.arange(drafts.shape[1]) < run[:, None]
         return torch.cat((torch.where(passed, drafts, decided[:, :-1]), decided[:, -1:]), 1), run
 
-    monkeypatch.setattr(reference, "_ratio_scan", without_residual)
+    monkeypatch.setattr(decoding, "_ratio_scan", without_residual)
     assert law_distance(model, DecodeConfig(decoder="sjd", window=3)) > 1.5

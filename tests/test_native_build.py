@@ -82,7 +82,8 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 @needs_compiler
 def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shutil.copytree(sources(), tmp_path / "csrc")
-    (tmp_path / "csrc" / "cpu.cpp").write_text("no C++\n")
+    for unit in build.UNITS:
+        (tmp_path / "csrc" / unit).write_text("no C++\n" if unit == "cpu.cpp" else "")
     with pytest.raises(build.BuildError, match=r"cpu\.cpp:1:1"):
         build.build(tmp_path / "out", tmp_path / "csrc")
     assert not (tmp_path / "out").exists()

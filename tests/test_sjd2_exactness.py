@@ -7,6 +7,7 @@ import torch
 from toy import PrefixModel, assert_cache_clean, decode, law_distance
 
 from sjd2_engine import DecodeConfig, JacobiWindow, TokenLayout
+from sjd2_kernels import backend
 
 PERFECT = 1.1
 
@@ -39,6 +40,7 @@ def test_the_toy_reacts_to_noise(model: PrefixModel) -> None:
     assert not torch.equal(logits[:, 1], other[:, 1])
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("warmup", ["tokens", "noise"])
 @pytest.mark.parametrize("levels", [1, 2, 4])
 @pytest.mark.parametrize("window", [1, 2, 4, 8])
@@ -62,6 +64,21 @@ CASES = [
 def test_law_of_ratio(model: PrefixModel, case: dict, coupling: str) -> None:
     config = DecodeConfig(decoder="sjd2", verification="ratio", coupling=coupling, **case)
     assert law_distance(model, config) <= PERFECT
+
+
+RULES = ["match-none", "ratio-none", "ratio-gumbel", "ratio-maximal", "paper-none", "paper-gumbel"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_backends_write_the_same_tokens(model: PrefixModel, case: dict, rule: str) -> None:
+    prompt = torch.arange(2048) % 2
+    verification, coupling = rule.split("-")
+    config = DecodeConfig(decoder="sjd2", verification=verification, coupling=coupling, **case)
+    usual = decode(model, config, prompt, range(2048))
+    with backend("reference"):
+        expected = decode(model, config, prompt, range(2048))
+    assert torch.equal(usual.tokens, expected.tokens) and torch.equal(usual.histogram, expected.histogram)
 
 
 @pytest.mark.parametrize("coupling", ["none", "gumbel", "maximal"])
