@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .attention import masked_attention
+from .fused import can_fuse, fused_forward
 from .transformer import Transformer, TransformerConfig
 
 
@@ -23,6 +24,8 @@ class StaticCache:
     Entries beyond a row's length are stale: never attended to, overwritten by the next pass. To roll back is
     to leave `lengths` where they are. The first `levels` slots hold the timestep keys, one per noise level:
     each noisy query sees the one of its own level, clean queries see none (SJD2, arXiv 2510.08994).
+
+    `fused` says whether passes run on the fused ops: where those are kernels (CUDA) and cover the decoder.
 
     An entry's position for rotation is its place among the row's entries, plus the row's entry of `offsets` int32
     [R] where that is not None: for prompts that end, instead of begin, at a fixed position.
@@ -50,6 +53,7 @@ class StaticCache:
         self.lengths = torch.zeros(rows, device=device, dtype=torch.int32)
         self.offsets = None if offsets is None else torch.tensor(offsets, device=device, dtype=torch.int32)
         self.levels, self.capacity = levels, capacity
+        self.fused = device.type == "cuda" and can_fuse(config) and offsets is None
 
     def write_timesteps(self, model: Transformer, encodings: Tensor) -> None:
         """Fill the timestep slots; encodings [K, D]. Such a token sees only itself and stands at position 0,
@@ -68,6 +72,8 @@ class StaticCache:
 
         levels int32 [R, T]: noise level of each input, -1 = clean; None = all clean. `lengths` do not move.
         """
+        if self.fused:
+            return fused_forward(model, embeds, self.keys, self.values, self.lengths, levels, self.levels)
         rows, width = embeds.shape[:2]
         steps = torch.arange(width, device=embeds.device)
         positions = self.lengths[:, None] + steps

@@ -14,10 +14,10 @@ KERNELS = ROOT / "kernels" / "sjd2_kernels"
 
 FLOORS = {
     1: {"config", "schedule", "layout", "errors", "files"},
-    2: {"transformer", "attention", "cache", "linear", "models"},
+    2: {"transformer", "fused", "attention", "cache", "linear", "models"},
     3: {"window", "decoders", "graphs"},
     4: {"engine"},
-    5: {"cli", "serve", "generation", "doctor", "memory"},
+    5: {"cli", "serve", "generation", "doctor", "memory", "hf"},
 }
 BESIDE = {"training", "evaluation", "scenes"}  # use floors 1 to 4 and each other, are used only by the faces
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
