@@ -6,6 +6,8 @@ op normalises, rotates and stores keys, and attention reads the cache with each 
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,11 @@ def fused_forward(
     as in `window_attention`. Entry n of a row stands at rotary position n.
     """
     ops, config = torch.ops.sjd2, model.config
+    blocks = [cast(Block, block) for block in model.blocks]
+    norms = [*(block.attention_norm for block in blocks[1:]), model.norm]
     residual = embeds.clone()
-    x = ops.rms_norm(residual, model.blocks[0].attention_norm, config.rms_norm_eps, None)
-    for layer, block in enumerate(model.blocks):
+    x = ops.rms_norm(residual, blocks[0].attention_norm, config.rms_norm_eps, None)
+    for layer, block in enumerate(blocks):
         qkv = block.qkv(x).view(*x.shape[:2], -1, config.head_dim)
         q = ops.qk_norm_rope_cache(
             qkv, model.cos, model.sin, lengths, keys[layer], values[layer], *_qk_weights(block),
@@ -40,9 +44,7 @@ def fused_forward(
         )  # fmt: skip
         attended = ops.window_attention(q, keys[layer], values[layer], lengths, levels, front, config.head_dim**-0.5)
         x = ops.rms_norm(block.out(attended.flatten(2)), block.mlp_norm, config.rms_norm_eps, residual)
-        x = block.down(ops.swiglu(block.gate_up(x)))
-        following = model.blocks[layer + 1].attention_norm if layer + 1 < len(model.blocks) else model.norm
-        x = ops.rms_norm(x, following, config.rms_norm_eps, residual)
+        x = ops.rms_norm(block.down(ops.swiglu(block.gate_up(x))), norms[layer], config.rms_norm_eps, residual)
     return x
 
 
