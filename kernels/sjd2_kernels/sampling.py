@@ -35,7 +35,7 @@ from .order import (
 
 ONE_BLOCK = 32768  # legal ids that fit the registers of one program
 WARPS = {512: 4, 1024: 4, 2048: 4, 4096: 8, 8192: 16, 16384: 16, 32768: 16}  # by block size
-REGISTERS = 128  # per thread of 16 warps: all there are, else the compiler spills some to fit two programs
+REGISTERS = 128  # per thread: all that 16 warps can have; left alone, the compiler spills a few to fit more programs
 ALIGNMENT = 16  # ids: blocks start at multiples of it, for vector accesses and groups of four draws
 
 
@@ -186,9 +186,9 @@ def sample_window(
         else:
             block: Any = max(triton.next_power_of_2(end - first), min(WARPS))
             warps = WARPS[block]
-            config: dict[str, Any] = {"BLOCK": block, "TURN": min(block, 256 * warps), "num_warps": warps}
-            if warps == 16:
-                config["maxnreg"] = REGISTERS
+            config: dict[str, Any] = {
+                "BLOCK": block, "TURN": min(block, 256 * warps), "num_warps": warps, "maxnreg": REGISTERS,
+            }  # fmt: skip
             padded = 0 if inputs[-1] is None else inputs[-1].shape[1]
             sizes = batch * window, window, padded, vocab, first, begin, end
             _sample_kernel[(batch * window,)](*inputs, *outputs, *sizes, *numbers, **switches, **config)
