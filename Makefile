@@ -13,6 +13,9 @@ DEMO_DECODERS ?= ar,jacobi,sjd,coupled,coupled:maximal,jacobi@sjd2,sjd2,sjd2:rat
 DEMO_PROMPTS  ?= 16
 DEMO_DIR      ?= demo
 
+# One process per core with one thread each: threads of several processes would wait for each other.
+WORKERS       ?= auto
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types pytest format clean
 
@@ -38,7 +41,7 @@ types: $(STAMP)  ## static types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 pytest: $(STAMP)  ## the tests alone
-	$(BIN)/python -m pytest -p no:cacheprovider
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n $(WORKERS) --dist loadfile
 
 format: $(STAMP)  ## let ruff put the code in shape
 	$(BIN)/ruff check --fix .
