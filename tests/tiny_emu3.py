@@ -74,7 +74,7 @@ def hf_model(hf_names: bool) -> Any:
         "pad_token_id": pad, "bos_token_id": bos, "eos_token_id": eos,
     }  # fmt: skip
     torch.manual_seed(7)
-    vocabulary = ids | {"<image>": ids.get("<image>", ids.get("<|extra_0|>"))}
+    vocabulary = ids | {"<image>": ids["<image>" if hf_names else "<|extra_0|>"]}
     config = Emu3Config(text_config=text, vq_config=VQ, vocabulary_map=vocabulary)
     model = Emu3ForConditionalGeneration(config).eval().requires_grad_(False)
     for name, tensor in model.state_dict().items():
