@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -101,9 +102,12 @@ def choice(op: str, device: str) -> tuple[str, str]:
 
 def run(op: str, *args: Any) -> Any:
     """Call `op` in the preferred backend of its tensors' device, or the reference where that one cannot serve."""
-    wanted = preferred(next(arg.device.type for arg in args if isinstance(arg, Tensor)))
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    wanted = preferred(device.type)
     try:
-        return implementation(wanted, op)(*args)
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return implementation(wanted, op)(*args)
     except NotSupported as error:
         if wanted == "reference":
             raise
