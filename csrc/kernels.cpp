@@ -74,17 +74,24 @@
 
 namespace sjd2 {
 
-const Kernels &kernels() {
+static const Kernels &choose() {
+#if SJD2_MAX_WIDTH >= 256
+    __builtin_cpu_init();
+#endif
 #if SJD2_MAX_WIDTH >= 512
-    static const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (wide) return avx512::kernels;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return avx512::kernels;
 #endif
 #if SJD2_MAX_WIDTH >= 256
-    static const bool middle = __builtin_cpu_supports("avx2");
-    if (middle) return avx2::kernels;
+    if (__builtin_cpu_supports("avx2")) return avx2::kernels;
 #endif
     return baseline::kernels;
+}
+
+const Kernels &kernels() {
+    static const Kernels &chosen = choose();
+    return chosen;
 }
 
 }  // namespace sjd2

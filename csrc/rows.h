@@ -129,8 +129,9 @@ static Extent load_row(const SampleRow &row) {
             load_block(row.uncond, row.type, i, count, -infinity(), other.v);
             for (int k = 0; k < BLOCK; ++k) {
                 const float c = x.v[k], u = other.v[k];
-                const bool masked = ((c == -infinity()) & (u == u)) | ((u == -infinity()) & (c == c));
-                x.v[k] = select(masked, -infinity(), u + guidance * (c - u));
+                // -infinity in either set masks, unless the other one is NaN; no && here, for it is a branch
+                const int numbers = (c == c) & (u == u), hidden = (c == -infinity()) + (u == -infinity());
+                x.v[k] = select((numbers & (hidden > 0)) != 0, -infinity(), u + guidance * (c - u));
             }
         }
         for (int64_t k = 0; k < row.begin - i && k < BLOCK; ++k) x.v[k] = -infinity();
