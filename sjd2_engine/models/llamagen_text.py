@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, PromptError
+from .weights import read_json
 
 # What the model's training did to captions, as far as it concerns prompts that people write; in this order.
 CLEANING = (
@@ -74,13 +75,17 @@ def _transformers(place: Path | str) -> Any:
 def encoder_size(place: Path | str) -> int:
     """Numbers in the T5 encoder of a folder or hub id, by its config.json."""
     library = _transformers(place)
+    if Path(place).is_dir():
+        read_json(Path(place) / "config.json")  # where there is none, the library may guess one by the folder's name
     try:
         config = library.AutoConfig.from_pretrained(place)
         with torch.device("meta"):
             encoder = library.T5EncoderModel(config)
     except Exception as error:
         raise _unusable(place, error) from error
-    return sum(parameter.numel() for parameter in encoder.parameters())
+    # Some versions tie the two names of the input table only when they load weights.
+    parts = encoder.named_parameters()
+    return sum(parameter.numel() for name, parameter in parts if name != "encoder.embed_tokens.weight")
 
 
 def _unusable(place: Path | str, error: Exception) -> CheckpointError:
