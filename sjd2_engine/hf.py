@@ -186,6 +186,7 @@ def _decode(
         _cache_sizes(source.decoder.config), len(prompts), max(lengths) + len(layout) + config.width, 0,
         prompts[0].device, prompts[0].dtype,
     )  # fmt: skip
+    cache.fused = False  # those passes run the engine's own layers
     window = JacobiWindow(config, layout, seeds=seeds, device=prompts[0].device, kv_lengths=cache.lengths)
     core = cast(Transformer, source)
     last = torch.stack([prompt[-1] for prompt in prompts])[:, None]

@@ -147,6 +147,20 @@ def test_rows_do_not_depend_on_their_batch(emu3: Any) -> None:
         assert [i for step in seen for i in step[row]] == both[row, 5:].tolist()
 
 
+def test_caches_never_run_the_engines_own_layers(emu3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they would on CUDA, where the engine's fused passes need its own decoder."""
+    options: dict[str, Any] = {"custom_generate": hf.generate, "image_sizes": (ROWS, COLUMNS), "do_sample": False}
+    expected = emu3.generate(torch.tensor(PROMPTS[:1]), **options)
+
+    class Eager(hf.StaticCache):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.fused = True
+
+    monkeypatch.setattr(hf, "StaticCache", Eager)
+    assert torch.equal(emu3.generate(torch.tensor(PROMPTS[:1]), **options), expected)
+
+
 def test_seeds_and_torchs_own(emu3: Any) -> None:
     given: dict[str, Any] = {"custom_generate": hf.generate, "image_sizes": (ROWS, COLUMNS), "do_sample": True}
     ids = torch.tensor([PROMPTS[0]])
