@@ -89,7 +89,7 @@ int64_t sjd2_perturb(const sjd2_perturb_params *params) {
     const Kernels &k = kernels();
     const int64_t in = a.dim * bytes_of(a.type), out = a.denormalize ? in : a.dim * 4;
     const Dims dims{0, a.dim, a.mean, a.std, a.type};
-    parallel(units, 3.0 * (double)a.dim, a.threads, [&](int64_t unit, int64_t) {
+    parallel(units, 2.0 * (double)a.dim, a.threads, [&](int64_t unit, int64_t) {
         const int32_t level = a.levels[unit];
         const Key key{(uint64_t)a.seeds[unit / a.length], (uint32_t)a.positions[unit], (uint32_t)a.epoch, SJD2_NOISE};
         k.perturb(dims, (const char *)a.x + unit * in, level >= 0, level >= 0 ? a.times[level] : 0.0f, key,
@@ -129,7 +129,7 @@ int64_t sjd2_sample_window(const sjd2_sample_window_params *params) {
     if (status != SJD2_OK) return status;
     const Kernels &k = kernels();
     const int64_t stride = a.vocab * bytes_of(a.type), scratch = padded_to_block(a.vocab);
-    parallel(a.batch * a.window, 3.0 * (double)a.vocab, a.threads, [&](int64_t unit, int64_t worker) {
+    parallel(a.batch * a.window, 1.2 * (double)a.vocab, a.threads, [&](int64_t unit, int64_t worker) {
         const int64_t image = unit / a.window, position = a.lengths[image] + unit % a.window;
         SampleRow row;
         row.cond = (const char *)a.logits + unit * stride;

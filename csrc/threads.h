@@ -10,7 +10,7 @@
 namespace sjd2 {
 
 constexpr int64_t MAX_THREADS = 64;
-constexpr int64_t WORTH_A_THREAD = 100000;  // nanoseconds of work: some times what it costs to start a thread
+constexpr int64_t WORTH_A_THREAD = 200000;  // nanoseconds of work: several times what it costs to start a thread
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 

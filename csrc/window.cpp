@@ -131,10 +131,10 @@ int64_t sjd2_verify(const sjd2_verify_params *params) {
     const int64_t status = check_verify(a);
     if (status != SJD2_OK) return status;
     const int64_t drafts = a.window - 1;
-    const double row_cost = 100.0 * (double)a.window + (a.rule == SJD2_MATCH ? 0.0 : 2.0 * (double)a.vocab);
+    const double row_cost = 100.0 * (double)a.window + (a.rule == SJD2_MATCH ? 0.0 : 0.6 * (double)a.vocab);
     parallel(a.batch, 20.0 * (double)a.window, a.threads, [&](int64_t row, int64_t) { start_from_the_draws(a, row); });
     if (a.rule == SJD2_COUPLED)
-        parallel(a.batch * drafts, 2.0 * (double)a.vocab, a.threads, [&](int64_t unit, int64_t) {
+        parallel(a.batch * drafts, 0.3 * (double)a.vocab, a.threads, [&](int64_t unit, int64_t) {
             const int64_t row = unit / drafts, j = unit % drafts;
             const Test test = test_draft(a, row, j);
             if (test.tested) a.decided[row * a.window + j] = test.kept ? a.drafts[unit] : replacement(a, row, j);
@@ -211,7 +211,7 @@ static Shifted shifted(const sjd2_refine_params &a, int64_t row, int64_t j) {
 
 static void shift_q(const sjd2_refine_params &a) {
     const int64_t drafts = a.window - 1;
-    parallel(a.batch * drafts, 0.3 * (double)a.vocab, a.threads, [&](int64_t unit, int64_t) {
+    parallel(a.batch * drafts, 0.15 * (double)a.vocab, a.threads, [&](int64_t unit, int64_t) {
         const int64_t row = unit / drafts, source = least(a.accepted[row] + unit % drafts, drafts);
         memcpy(a.q + unit * a.vocab, a.p + (row * a.window + source) * a.vocab, sizeof(float) * (size_t)a.vocab);
     });
@@ -220,7 +220,7 @@ static void shift_q(const sjd2_refine_params &a) {
 // Denoise and refill. Drafts move towards the front, so in ascending order none is overwritten before it is read.
 static void shift_embeddings(const sjd2_refine_params &a) {
     const int64_t drafts = a.window - 1, parts = (a.dim + DIMS_AT_A_TIME - 1) / DIMS_AT_A_TIME;
-    const double cost = 2.0 * (double)drafts * (double)least(a.dim, DIMS_AT_A_TIME);
+    const double cost = 0.5 * (double)drafts * (double)least(a.dim, DIMS_AT_A_TIME);
     const Kernels &k = kernels();
     parallel(a.batch * parts, cost, a.threads, [&](int64_t unit, int64_t) {
         const int64_t row = unit / parts, begin = unit % parts * DIMS_AT_A_TIME;
