@@ -168,8 +168,8 @@ def _cases(*calls: tuple[Callable[..., tuple[Any, ...]], dict[str, Any]]) -> tup
     return tuple(Case(make, options) for make, options in calls)
 
 
-# One image of a 7B model with guidance, and what takes most registers and shared memory.
-LARGEST = _cases(
+CASES = _cases(
+    # One image of a 7B model with guidance, and what takes most registers and shared memory.
     (embed_window, {}),
     (perturb, {}),
     (sample_window, {}),
@@ -188,8 +188,7 @@ LARGEST = _cases(
     (window_attention, {"width": 512, "head": 100, "levels": False}),
     (window_attention, {"dtype": F32}),
     (kv_compact, {}),
-)
-CASES = LARGEST + _cases(
+    # Other types, sizes, rules and options.
     (embed_window, {"dtype": F32}),
     (embed_window, {"dtype": F16, "dim": 1280, "window": 32}),
     (embed_window, {"batch": 16}),
