@@ -152,9 +152,6 @@ def generate_image(
     return JanusPictures([Image.fromarray(picture.cpu().numpy()) for picture in pixels], tokens)
 
 
-# ---------------------------------------------------------------------------------------------- the loop
-
-
 @dataclass(frozen=True)
 class _Source:
     """A model as the loop needs it.
@@ -253,9 +250,6 @@ def _cache_sizes(config: Any) -> TransformerConfig:
     )
 
 
-# ---------------------------------------------------------------------------------------------- what goes in
-
-
 @dataclass(frozen=True)
 class _Picture:
     """Local ids: `ids` holds the model's id of each, image tokens first, `codes` of them."""
@@ -294,6 +288,8 @@ def _usable(decoder: str) -> str:
 
 def _config(generation: Any, **options: Any) -> DecodeConfig:
     options["decoder"] = _usable(options["decoder"])
+    if (getattr(generation, "num_beams", None) or 1) > 1:
+        raise ConfigError(f"num_beams={generation.num_beams}: windows draw one picture per row, without beams")
     if not getattr(generation, "do_sample", False):
         return DecodeConfig(**options, temperature=0.0)
     given = {name: getattr(generation, name, None) for name in ("temperature", "top_k", "top_p")}

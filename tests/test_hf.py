@@ -320,6 +320,7 @@ def test_janus_equals_its_own_image_mode(janus: Any, processor: Processor) -> No
         ({"inputs_embeds": torch.zeros(2, 3, 64), "inputs": None}, "give input_ids"),
         ({"seed": [1, 2, 3]}, "3 entries for 2"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"num_beams": 2}, "without beams"),
     ],
 )
 def test_what_cannot_be_honoured_is_said(options: dict[str, Any], words: str, emu3: Any) -> None:
