@@ -61,8 +61,10 @@ def examine() -> dict[str, Any]:
         "devices": devices(),
         "models": models(),
         "attention": {
-            "backend": "sdpa",
-            "why": "PyTorch's scaled_dot_product_attention: the only one so far",
+            "backend": "window_attention" if "cuda" in used else "sdpa",
+            "why": "the fused ops serve CUDA"
+            if "cuda" in used
+            else "PyTorch's scaled_dot_product_attention on the CPU",
         },
         "ops": rows,
     }

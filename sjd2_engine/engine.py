@@ -72,7 +72,14 @@ class StepEvent:
 class Decode:
     """A batch of images on its way: the window, the cache and the model between them."""
 
-    def __init__(self, model: ImageModel, config: DecodeConfig, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model: ImageModel,
+        config: DecodeConfig,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        attention: str = "auto",
+    ) -> None:
         transformer = model.transformer
         embedding = transformer.embedding
         self.model, self.transformer, self.batch = model, transformer, len(prompts)
@@ -99,6 +106,7 @@ class Decode:
         self.cache = StaticCache(
             transformer.config, len(given), capacity, levels, device, dtype, offsets if any(offsets) else None
         )
+        self.cache.fused &= attention != "sdpa"
         if levels:
             mean, std = embedding_statistics(embedding, transformer.image_vocabulary)
             times = noise_times(levels, config.t_min).to(device)
@@ -142,8 +150,8 @@ class Decode:
 class Engine:
     """A model ready to decode; see `from_pretrained`."""
 
-    def __init__(self, model: ImageModel) -> None:
-        self.model = model
+    def __init__(self, model: ImageModel, attention: str = "auto") -> None:
+        self.model, self.attention = model, attention
         pack_linears(model.transformer)
 
     @classmethod
@@ -159,7 +167,8 @@ class Engine:
         """Load a bundled model, a folder or a hub id.
 
         device: "auto" (CUDA where there is one), "cpu", "cuda". dtype: "auto" (bfloat16 on CUDA, else float32),
-        "float32", "bfloat16", "float16". attention: "auto" or "sdpa". image_size: (height, width) of pictures in
+        "float32", "bfloat16", "float16". attention: "auto" (the fused ops on CUDA, else PyTorch's) or
+        "sdpa" (always PyTorch's). image_size: (height, width) of pictures in
         pixels, or one number for squares; None = the model's own. allow_pickle: read tensors, and nothing else,
         from pickled files too. Raises CheckpointError, BackendError, ConfigError.
         """
@@ -169,7 +178,7 @@ class Engine:
         if dtype != "auto" and dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype!r}: expected 'auto' or one of {', '.join(DTYPES)}")
         kind = DTYPES.get(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-        return cls(load_model(name_or_path, place, kind, LoadOptions(image_size, allow_pickle)))
+        return cls(load_model(name_or_path, place, kind, LoadOptions(image_size, allow_pickle)), attention)
 
     @property
     def model_name(self) -> str:
@@ -287,7 +296,7 @@ class Engine:
 
     @torch.inference_mode()
     def _start(self, config: DecodeConfig, texts: Sequence[str], seeds: Sequence[int]) -> Decode:
-        return Decode(self.model, config, texts, seeds)
+        return Decode(self.model, config, texts, seeds, self.attention)
 
 
 def _device(name: str) -> torch.device:

@@ -78,4 +78,8 @@ def test_the_bundled_model_draws_the_same_picture(tuned: Engine, monkeypatch: py
         self.fused = True
 
     monkeypatch.setattr(StaticCache, "__init__", fused)
+    assert tuned._start(tuned.config_for("ar"), prompts, [3, 4]).cache.fused
+    monkeypatch.setattr(tuned, "attention", "sdpa")
+    assert not tuned._start(tuned.config_for("ar"), prompts, [3, 4]).cache.fused
+    monkeypatch.setattr(tuned, "attention", "auto")
     assert torch.equal(tuned.generate(prompts, decoder="sjd2", seed=3).tokens, expected)
