@@ -40,6 +40,7 @@ class StaticCache:
         device: torch.device,
         dtype: torch.dtype,
         offsets: Sequence[int] | None = None,
+        attention: str = "auto",
     ) -> None:
         shape = (
             config.num_hidden_layers,
@@ -53,7 +54,13 @@ class StaticCache:
         self.lengths = torch.zeros(rows, device=device, dtype=torch.int32)
         self.offsets = None if offsets is None else torch.tensor(offsets, device=device, dtype=torch.int32)
         self.levels, self.capacity = levels, capacity
-        self.fused = device.type == "cuda" and can_fuse(config) and offsets is None
+        self.fused = device.type == "cuda" and can_fuse(config) and offsets is None and attention != "sdpa"
+
+    def adopt(self, other: StaticCache, rows: Sequence[int], length: int) -> None:
+        """Copy the first `length` entries of another cache's rows into `rows` of this one; lengths do not move."""
+        index = torch.tensor(rows, device=self.keys.device)
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            mine[:, index, self.levels : self.levels + length] = theirs[:, :, other.levels : other.levels + length]
 
     def write_timesteps(self, model: Transformer, encodings: Tensor) -> None:
         """Fill the timestep slots; encodings [K, D]. Such a token sees only itself and stands at position 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from sjd2_kernels import dispatch, rng
 
 from .config import MAX_SEED, DecodeConfig
 from .decoders import make_plan
+from .drafts import Drafts
 from .errors import ConfigError
+from .graphs import Lagged
 from .layout import TokenLayout
 from .schedule import CLEAN, embedding_statistics, noise_times, refine_ratios
 
@@ -55,8 +57,11 @@ class JacobiWindow:
     The caller's cache holds prompt[:-1] of each row at first, and prompt_len − 1 + lengths[b] entries after
     every step. Every tensor stays on the device and is written in place, so that a step can be captured.
 
+    Rows are slots: `restart` begins another picture in some of them, `stop` gives one up, and `resize` goes on with
+    another width, all between two steps; whatever the widths and the neighbours, a row's law stays the same.
+
     lengths, steps, failed, failed_step i32 [B]: accepted tokens, forward passes used, first position with
-    NaN or infinite logits and the step of it (−1 = fine); histogram i64 [B, W+1]: steps by accepted tokens.
+    NaN or infinite logits and the step of it (−1 = fine).
     """
 
     def __init__(
@@ -70,7 +75,7 @@ class JacobiWindow:
         kv_lengths: Tensor | None = None,
     ) -> None:
         self.config, self.layout, self.plan = config, layout, make_plan(config)
-        self.width = config.width
+        self.max_width = config.width
         self.total = len(layout)
         self.device = torch.device(device or ("cpu" if embedding is None else embedding.device))
         self.seeds = _seed_tensor(config, seeds, start_embeds, self.device)
@@ -79,14 +84,21 @@ class JacobiWindow:
         self._embedding = None if embedding is None else embedding.detach().to(self.device)
         self._start = _checked_start(start_embeds, self._embedding, self.batch)
         self._kv_lengths = self._checked_kv_lengths(kv_lengths)
+        self._bound = False
+        self._lagged: Lagged | None = None
         with torch.no_grad():
             self._make_counters()
-            self._make_drafts()
             self._make_noise()
-        self._bound = False
-        if self.image_vocab is not None:
-            self._bind(self.image_vocab)
-        self._pending: list[tuple[Tensor, torch.cuda.Event]] = []
+            if self.image_vocab is not None:
+                self._bind(self.image_vocab)
+            self._widths: dict[int, Drafts] = {}
+            self._drafts = self._room(self.max_width)
+            self._begin(list(range(self.batch)))
+
+    @property
+    def width(self) -> int:
+        """Model inputs per row and forward pass at present."""
+        return self._drafts.width
 
     # ------------------------------------------------------------------ the loop
 
@@ -95,16 +107,17 @@ class JacobiWindow:
         """The inputs of the next forward pass."""
         last = self._tokens.gather(1, (self.lengths[:, None] - 1).clamp(min=0).long())
         last = last.masked_fill(self.lengths[:, None] == 0, -1)
-        positions = (self.lengths[:, None] - 1) + self._slots
+        drafts = self._drafts
+        positions = (self.lengths[:, None] - 1) + self._slots[: drafts.width]
         if not self.plan.noisy:
-            tokens, levels = torch.cat((last, self._drafts), 1), self._clean
+            tokens, levels = torch.cat((last, drafts.tokens), 1), drafts.clean
         else:
-            tokens = torch.cat((last, self._drafts.masked_fill(self._levels >= 0, -1)), 1)
-            levels = torch.cat((self._clean[:, :1], self._levels), 1)
+            tokens = torch.cat((last, drafts.tokens.masked_fill(drafts.levels >= 0, -1)), 1)
+            levels = torch.cat((drafts.clean[:, :1], drafts.levels), 1)
         embeds = None
         if self._embedding is not None:
             embeds = torch.ops.sjd2.embed_window(
-                tokens, levels, self._embedding, self._start, self._noisy, self._mean, self._std
+                tokens, levels, self._embedding, self._start, drafts.noisy, self._mean, self._std
             )
         return WindowInputs(embeds, tokens, positions, levels)
 
@@ -112,25 +125,25 @@ class JacobiWindow:
     def step(self, logits: Tensor) -> WindowStep:
         """Take the model's output in: [B, W, V] over image ids, or [2, B, W, V] = (cond, uncond)."""
         self._check_logits(logits)
-        config, plan, ops = self.config, self.plan, torch.ops.sjd2
+        config, plan, drafts, ops = self.config, self.plan, self._drafts, torch.ops.sjd2
         begin, end = self.layout.legal or (0, logits.shape[-1])
         tokens, p, bad = ops.sample_window(
             logits, self.seeds, self.lengths, self.steps, self._gumbel, config.guidance_scale,
             config.temperature, config.top_k, config.top_p, begin, end, plan.per_position, plan.tracks_q,
         )  # fmt: skip
         decided, accepted, settled, fault = ops.verify(
-            tokens, p, bad, self._drafts, self._q, self._status, self._levels, self._forced, self.lengths,
+            tokens, p, bad, drafts.tokens, drafts.q, drafts.status, drafts.levels, self._forced, self.lengths,
             self.steps, self._done, self.seeds, self.total, plan.rule,
         )  # fmt: skip
         ops.commit(
             decided, accepted, fault, self._tokens, self.lengths, self.steps, self._done, self.failed,
-            self.failed_step, self.histogram, self._kv_lengths, self.total,
+            self.failed_step, drafts.histogram, self._kv_lengths, self.total,
         )  # fmt: skip
-        if self.width > 1:
+        if drafts.width > 1:
             self._repeat()
             ops.refine(
-                decided, p, accepted, settled, self.lengths, self._forced, self._initial, self._drafts,
-                self._status, self._levels, self._q, self._noisy, self._embedding, self._mean, self._std,
+                decided, p, accepted, settled, self.lengths, self._forced, self._initial, drafts.tokens,
+                drafts.status, drafts.levels, drafts.q, drafts.noisy, self._embedding, self._mean, self._std,
                 self._ratios, self._noise, self._directions, self.seeds, self._fresh_level,
             )  # fmt: skip
         return WindowStep(accepted)
@@ -150,27 +163,114 @@ class JacobiWindow:
         """Tokens so far: i64 [B, N] local ids, −1 where nothing is accepted yet."""
         return self._tokens[:, : self.total]
 
+    def latest(self) -> Tensor:
+        """The last `width` tokens of each row, i64 [B, W]; those that the last step accepted stand at its end."""
+        positions = self.lengths[:, None] - self.width + self._slots[: self.width]
+        return self._tokens.gather(1, positions.clamp(min=0).long())
+
+    @property
+    def histogram(self) -> Tensor:
+        """Steps by accepted tokens: i64 [B, max_width + 1]."""
+        parts = (drafts.histogram for drafts in self._widths.values())
+        padded = [torch.nn.functional.pad(part, (0, self.max_width + 1 - part.shape[1])) for part in parts]
+        return torch.stack(padded).sum(0)
+
     @property
     def done(self) -> bool:
         """Whether every row has ended; on CUDA one step late, so that nothing waits for the device."""
         if self.device.type != "cuda":
             return bool(self._done.all())
+        self._lagged = self._lagged or Lagged()
+        self._lagged.push(self._done.all())
         # The answer of the call before: by now its copy has been overtaken by a whole forward pass.
-        flag = torch.empty(1, dtype=torch.bool, pin_memory=True)
-        flag.copy_(self._done.all(), non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._pending.append((flag, event))
-        if len(self._pending) < 2:
-            return False
-        flag, event = self._pending.pop(0)
-        event.synchronize()
-        return bool(flag.item())
+        return len(self._lagged) > 1 and bool(self._lagged.pop().item())
 
     @property
     def rows_done(self) -> Tensor:
         """Which rows have ended: i32 [B] on the device, 0 or 1."""
         return self._done
+
+    # ------------------------------------------------------------------ between two steps
+
+    @torch.no_grad()
+    def restart(
+        self, rows: Sequence[int], seeds: Sequence[int] | None = None, start_embeds: Tensor | None = None
+    ) -> None:
+        """Begin new pictures in `rows`, one seed and one start [n, D] for each (None: those it had).
+
+        The caller's cache entries of these rows are its own affair, `kv_lengths` included. Raises ConfigError.
+        """
+        _check_rows(rows, self.batch)
+        index = torch.tensor(rows, dtype=torch.int64)
+        if seeds is not None:
+            self.seeds[index.to(self.device)] = _checked_seeds(seeds, len(rows)).to(self.device)
+        if start_embeds is not None and self._start is not None:
+            self._start[index.to(self.device)] = _checked_start(start_embeds, self._embedding, len(rows))
+        self._begin(list(rows))
+
+    @torch.no_grad()
+    def stop(self, rows: Sequence[int]) -> None:
+        """Give the pictures in `rows` up: they count as done and change no more."""
+        _check_rows(rows, self.batch)
+        self._done[torch.tensor(rows, device=self.device)] = 1
+
+    @torch.no_grad()
+    def resize(self, width: int) -> None:
+        """Go on with another width, at most the one it was made with; leading drafts stay, new ones are fresh.
+
+        Lossless as long as the choice does not look at drafts: times and counts of accepted tokens may decide.
+        """
+        if not 1 <= width <= self.max_width:
+            raise ConfigError(f"width={width}: expected 1 to {self.max_width}, the width this window was made for")
+        if width == self.width:
+            return
+        before, self._drafts = self._drafts, self._room(width)
+        first = self._drafts.take(before)
+        if first < width - 1:
+            self._refresh(torch.arange(self.batch, device=self.device), first, self._fresh_level)
+
+    def _room(self, width: int) -> Drafts:
+        """The drafts of a width, allocated once: graphs captured at that width work on them."""
+        if width not in self._widths:
+            vocab = self.image_vocab if self._bound and self.plan.tracks_q and self.image_vocab else 0
+            dim = self._embedding.shape[1] if self.plan.noisy and self._embedding is not None else 0
+            self._widths[width] = Drafts.allocate(self.batch, width, vocab, dim, self.device)
+        return self._widths[width]
+
+    def _begin(self, rows: list[int]) -> None:
+        """Put `rows` where a new picture starts."""
+        index = torch.tensor(rows, device=self.device)
+        for counter, value in ((self.lengths, 0), (self.steps, 0), (self._done, 0), (self.failed, -1)):
+            counter[index] = value
+        self.failed_step[index] = -1
+        self._tokens[index] = -1
+        for drafts in self._widths.values():
+            drafts.histogram[index] = 0
+        self._draw_tables(index)
+        if self.max_width > 1:
+            self._refresh(index, 0, self._fresh_level if self.plan.noisy_start else CLEAN)
+
+    def _draw_tables(self, rows: Tensor) -> None:
+        """What depends on the rows' seeds: initial tokens, and noise where it is kept as a table."""
+        seeds = self.seeds[rows]
+        self._initial[rows] = initial_tokens(seeds, self._forced, self.image_vocab, self.layout.legal)
+        if self._noise is not None:
+            positions = torch.arange(self._noise.shape[1], device=self.device).expand(len(rows), -1)
+            self._noise[rows] = rng.normals(seeds, positions, 0, self._noise.shape[2])
+        if self._gumbel is not None:
+            positions = torch.arange(self.total, device=self.device).expand(len(rows), -1)
+            self._gumbel[rows, : self.total] = rng.gumbel(seeds, positions, 0, rng.SAMPLE, self._gumbel.shape[2])
+
+    def _refresh(self, rows: Tensor, first: int, level: int) -> None:
+        """Fresh drafts from slot `first` on of `rows`, at a noise level or as tokens."""
+        drafts = self._drafts
+        positions = self.lengths[rows, None] + self._slots[first : drafts.width - 1]
+        tokens = self._initial[rows[:, None], positions]
+        levels = torch.where(self._forced[positions] < 0, level, CLEAN).to(torch.int32)
+        noisy = None
+        if drafts.noisy is not None:
+            noisy = rng.normals(self.seeds[rows], positions, 0, drafts.noisy.shape[2])
+        drafts.refill(first, rows, tokens, levels, noisy)
 
     # ------------------------------------------------------------------ state
 
@@ -180,27 +280,18 @@ class JacobiWindow:
 
         self.lengths, self.steps, self._done = full(0), full(0), full(0)
         self.failed, self.failed_step = full(-1), full(-1)
-        self.histogram = full(0, self.width + 1, dtype=torch.int64)
-        self._tokens = full(-1, self.total + self.width, dtype=torch.int64)
-        self._slots = torch.arange(self.width, device=self.device)
-        self._clean = full(CLEAN, self.width)
-        # Padding counts as forced, so that no rule needs a special case for the end of the picture.
-        padded = torch.tensor([*self.layout.forced, *[0] * self.width])
-        self._forced = padded.to(self.device)
-
-    def _make_drafts(self) -> None:
-        count = self.width - 1
-        self._initial = initial_tokens(self.seeds, self._forced, self.image_vocab, self.layout.legal)
-        self._drafts = self._initial[:, :count].clone()
-        self._status = torch.zeros_like(self._drafts, dtype=torch.int32)
-        self._levels = torch.full_like(self._status, CLEAN)
+        self._tokens = full(-1, self.total + self.max_width, dtype=torch.int64)
+        self._initial = torch.zeros_like(self._tokens)
+        self._slots = torch.arange(self.max_width, device=self.device)
         self._fresh_level = self.config.denoise_levels - 1 if self.plan.noisy else CLEAN
-        if self.plan.noisy_start:
-            self._levels.masked_fill_((self._forced[:count] < 0).expand_as(self._levels), self._fresh_level)
+        # Padding counts as forced, so that no rule needs a special case for the end of the picture.
+        padded = torch.tensor([*self.layout.forced, *[0] * self.max_width])
+        self._forced = padded.to(self.device)
+        self._gumbel: Tensor | None = None
 
     def _make_noise(self) -> None:
-        """Everything that only SJD2 needs: statistics, level ratios, noisy embeddings."""
-        self._noisy = self._mean = self._std = self._ratios = self._noise = self._directions = None
+        """Everything that only SJD2 needs: statistics, level ratios, a table of noise."""
+        self._mean = self._std = self._ratios = self._noise = self._directions = None
         if not self.plan.noisy:
             return
         if self._embedding is None or self.image_vocab is None:
@@ -208,28 +299,28 @@ class JacobiWindow:
         self._mean, self._std = embedding_statistics(self._embedding, self.image_vocab)
         self.times = noise_times(self.config.denoise_levels, self.config.t_min).to(self.device)
         self._ratios = refine_ratios(self.times)
-        dim, padded = self._embedding.shape[1], self.total + self.width
-        positions = torch.arange(padded, device=self.device).expand(self.batch, -1)
+        dim, padded = self._embedding.shape[1], self.total + self.max_width
         if keeps_noise_table("refine", self.device.type, self.batch * padded * dim):
-            self._noise = rng.normals(self.seeds, positions, 0, dim)
-        self._noisy = rng.normals(self.seeds, positions[:, : self.width - 1], 0, dim).contiguous()
+            self._noise = torch.zeros(self.batch, padded, dim, device=self.device)
         if self.plan.nearest:
             rows = (self._embedding[: self.image_vocab].float() - self._mean) / self._std
             self._directions = torch.nn.functional.normalize(rows, dim=-1)
 
     def _bind(self, vocab: int) -> None:
         """Make what depends on V, at the latest with the first logits."""
-        if self.image_vocab is None:
-            self._initial = initial_tokens(self.seeds, self._forced, vocab, self.layout.legal)
         self._bound, self.image_vocab = True, vocab
-        ids = vocab if self.plan.tracks_q else 0
-        self._q = torch.zeros(self.batch, self.width - 1, ids, device=self.device)
-        self._gumbel = None
-        size = self.batch * (self.total + self.width) * vocab
+        padded = self.total + self.max_width
+        size = self.batch * padded * vocab
         if self.plan.per_position and keeps_noise_table("sample_window", self.device.type, size):
-            positions = torch.arange(self.total, device=self.device).expand(self.batch, -1)
-            table = rng.gumbel(self.seeds, positions, 0, rng.SAMPLE, vocab)
-            self._gumbel = torch.nn.functional.pad(table, (0, 0, 0, self.width))
+            self._gumbel = torch.zeros(self.batch, padded, vocab, device=self.device)
+
+    def _bind_late(self, vocab: int) -> None:
+        """The same where neither layout nor embedding told V: the tables and q are made with the first logits."""
+        self._bind(vocab)
+        self._draw_tables(torch.arange(self.batch, device=self.device))
+        if self.plan.tracks_q:
+            q = torch.zeros(self.batch, self.width - 1, vocab, device=self.device)
+            self._drafts = self._widths[self.width] = replace(self._drafts, q=q)
 
     # ------------------------------------------------------------------ checks
 
@@ -238,7 +329,7 @@ class JacobiWindow:
         good = logits.dim() in (3, 4) and shape[-3:-1] == wanted and (logits.dim() == 3 or shape[0] == 2)
         vocab = "V" if self.image_vocab is None else self.image_vocab
         if good and not self._bound:
-            self._bind(shape[-1])
+            self._bind_late(shape[-1])
         if not good or shape[-1] != self.image_vocab:
             b, w = wanted
             raise ConfigError(
@@ -296,12 +387,22 @@ def _seed_tensor(
 ) -> Tensor:
     if seeds is None:
         count = start.shape[0] if start is not None else 1 if isinstance(config.seed, int) else len(config.seed)
-        values = config.seeds(count)
-    else:
-        values = [int(value) for value in seeds]
-    if not values or any(not 0 <= value <= MAX_SEED for value in values):
-        raise ConfigError(f"seeds={values}: expected one integer from 0 to 2**63 - 1 per row, for at least one row")
-    return torch.tensor(values, dtype=torch.int64, device=device)
+        seeds = config.seeds(count)
+    return _checked_seeds(seeds, None).to(device)
+
+
+def _checked_seeds(seeds: Sequence[int] | Tensor, count: int | None) -> Tensor:
+    values = [int(value) for value in seeds]
+    wrong_count = not values if count is None else len(values) != count
+    if wrong_count or any(not 0 <= value <= MAX_SEED for value in values):
+        rows = "at least one row" if count is None else f"{count} rows"
+        raise ConfigError(f"seeds={values}: expected one integer from 0 to 2**63 - 1 per row, for {rows}")
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _check_rows(rows: Sequence[int], batch: int) -> None:
+    if not rows or len({*rows}) < len(rows) or any(not 0 <= row < batch for row in rows):
+        raise ConfigError(f"rows={list(rows)}: expected different rows from 0 to {batch - 1}, at least one")
 
 
 def _checked_start(start: Tensor | None, embedding: Tensor | None, batch: int) -> Tensor | None:

@@ -15,7 +15,7 @@ KERNELS = ROOT / "kernels" / "sjd2_kernels"
 FLOORS = {
     1: {"config", "schedule", "layout", "errors", "files"},
     2: {"transformer", "fused", "attention", "cache", "linear", "models"},
-    3: {"window", "decoders", "graphs"},
+    3: {"window", "decoders", "drafts", "graphs"},
     4: {"engine"},
     5: {"cli", "serve", "generation", "doctor", "memory", "hf"},
 }
