@@ -105,6 +105,14 @@ class ImageModel(ABC):
         self.family, self.layout = facts.family, facts.layout
         self.defaults, self.noise = facts.defaults, facts.noise
 
+    prompt_kind = "text"  # or "class": what a prompt says
+    vq: Any  # the picture tokenizer
+
+    @property
+    def codebook(self) -> Tensor:
+        """The picture tokenizer's entries [V, c]: what tells it from others."""
+        return self.vq.quantize.embedding.weight
+
     @abstractmethod
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt; rows of the input table unless `prompt_embeds` is overridden. Raises PromptError."""

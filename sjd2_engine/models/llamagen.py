@@ -48,6 +48,7 @@ class LlamaGenModel(ImageModel):
     ) -> None:
         super().__init__(name, transformer, facts)
         self.config, self.vq, self.caption, self.encoder = config, vq, caption, encoder
+        self.prompt_kind = "class" if config.kind == "c2i" else "text"
 
     def encode_prompt(self, text: str) -> list[int]:
         if self.encoder is not None:

@@ -51,6 +51,10 @@ class ScenesModel(ImageModel):
         self.vq = vq
         self.tokenizer = WordTokenizer(words, FIRST_WORD, MAX_WORDS)
 
+    @property
+    def codebook(self) -> Tensor:
+        return self.vq.codebook
+
     def encode_prompt(self, text: str) -> list[int]:
         return [BEGIN, *self.tokenizer.encode(text), BEGIN_IMAGE]
 
