@@ -290,9 +290,7 @@ class ShardWriter:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise ConfigError(
-                f"another sjd2 prepare is writing to '{self.folder}'; choose another with --out"
-            ) from None
+            raise ConfigError(f"another run is writing to '{self.folder}'; choose another folder with --out") from None
         except OSError:
             pass  # a file system without locks
         return file
