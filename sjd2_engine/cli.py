@@ -11,6 +11,31 @@ import typer
 from typer.core import TyperGroup
 
 from . import __version__
+from .commands.options import (
+    AllowPickle,
+    Coupling,
+    Decoder,
+    Device,
+    Dtype,
+    Guidance,
+    ImageSize,
+    Levels,
+    MaxBatch,
+    Model,
+    Negative,
+    Out,
+    PromptFile,
+    Seed,
+    Specs,
+    Temperature,
+    TopK,
+    TopP,
+    Verification,
+    Window,
+    at_least_one,
+    given,
+    pixels,
+)
 from .errors import ConfigError, PromptError, Sjd2Error
 
 # Newer releases of typer carry click inside, older ones import it: ask typer for the class.
@@ -63,57 +88,10 @@ def _about(
     """Several tokens per forward pass for autoregressive text-to-image models."""
 
 
-Model = Annotated[str, typer.Option(help="Bundled model (scenes, scenes-sjd2), a local folder, or a hub id.")]
-Decoder = Annotated[str | None, typer.Option(help="ar, jacobi, sjd, coupled or sjd2 (default: the model's).")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for everything that is written.")]
-Seed = Annotated[int, typer.Option(help="Seed of the first prompt; prompt i uses seed + i.")]
-Window = Annotated[int | None, typer.Option(help="Slots per forward pass (default: the model family's).")]
-Levels = Annotated[int | None, typer.Option(help="Denoising levels of sjd2.")]
-Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")]
-Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")]
-TopK = Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")]
-TopP = Annotated[float | None, typer.Option(help="Keep the most likely tokens up to this probability.")]
-Verification = Annotated[str | None, typer.Option(help="sjd2: match, ratio or paper.")]
-Coupling = Annotated[str | None, typer.Option(help="coupled and sjd2 ratio: gumbel, maximal or none.")]
-Negative = Annotated[str | None, typer.Option(help="Prompt of the unconditional row.")]
-MaxBatch = Annotated[int | None, typer.Option(help="Most images decoded together.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Specs = Annotated[str, typer.Option(help="Comma-separated; each name[@base|@sjd2][:option]…")]
-ImageSize = Annotated[
-    str | None, typer.Option(help="Pixels: HEIGHTxWIDTH, or one number for squares (default: the model's).")
-]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read tensors, and nothing else, from pickled checkpoints too.")
-]
-PromptFile = Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")]
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given; the others are left to the model family's defaults."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _at_least_one(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ConfigError(f"--{name} is {value}; expected at least 1")
-
-
-def _pixels(text: str | None) -> tuple[int, int] | int | None:
-    """ "512x768" -> (512, 768), "512" -> 512."""
-    if text is None:
-        return None
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.strip().isdigit() for side in sides):
-        raise ConfigError(f"--image-size is {text!r}; expected HEIGHTxWIDTH in pixels, like 512x768, or one number")
-    return int(text) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
-
-
 def _engine(model: str, device: str, dtype: str, image_size: str | None = None, allow_pickle: bool = False):
     from .engine import Engine
 
-    size = _pixels(image_size)
+    size = pixels(image_size)
     return Engine.from_pretrained(model, device=device, dtype=dtype, image_size=size, allow_pickle=allow_pickle)
 
 
@@ -169,7 +147,7 @@ def generate(
     if not texts:
         raise PromptError('no prompt given; try: sjd2 generate "a red circle left of a blue square" -o out')
     check_writable(out)
-    options = _given(
+    options = given(
         window=window, denoise_levels=levels, guidance_scale=guidance, temperature=temperature, top_k=top_k,
         top_p=top_p, verification=verification, coupling=coupling, negative_prompt=negative_prompt,
         max_batch=max_batch,
@@ -200,7 +178,7 @@ def bench(
     from .evaluation.specs import parse_specs
     from .files import check_writable
 
-    _at_least_one(prompts=prompts, batch=batch, repeats=repeats)
+    at_least_one(prompts=prompts, batch=batch, repeats=repeats)
     specs = parse_specs(decoders, windows)
     check_writable(out)
     from .evaluation import bench as comparison
@@ -242,12 +220,12 @@ def evaluate(
     """Score pictures against their prompts (SceneEval); goes on where a killed run stopped."""
     from .files import check_writable
 
-    _at_least_one(prompts=prompts, batch=batch)
+    at_least_one(prompts=prompts, batch=batch)
     check_writable(out)
     from .evaluation import evaluate as scoring
     from .evaluation.prompts import scene_cases
 
-    options = _given(
+    options = given(
         window=window, denoise_levels=levels, guidance_scale=guidance, temperature=temperature, top_k=top_k,
         top_p=top_p, verification=verification, coupling=coupling,
     )  # fmt: skip
@@ -277,7 +255,7 @@ def finetune(
     from .files import check_writable
     from .schedule import noise_times
 
-    _at_least_one(batch=batch, pictures=pictures)
+    at_least_one(batch=batch, pictures=pictures)
     if minutes <= 0 or rate <= 0:
         raise ConfigError(f"--minutes is {minutes} and --rate is {rate}; expected numbers above 0")
     counts = [int(part) if part.strip().isdigit() else 0 for part in levels.split(",")]
@@ -308,7 +286,7 @@ def doctor(
     allow_pickle: AllowPickle = False,
 ) -> None:
     """Versions, devices, bundled models, and which backend each op uses and why; or what a MODEL is and needs."""
-    _at_least_one(batch=batch)
+    at_least_one(batch=batch)
     from . import doctor as examination
 
     if model is None:
@@ -316,7 +294,7 @@ def doctor(
     else:
         from .models import LoadOptions
 
-        options = LoadOptions(_pixels(image_size), allow_pickle)
+        options = LoadOptions(pixels(image_size), allow_pickle)
         facts, show = examination.examine_model(model, options, dtype, batch), examination.show_model
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
