@@ -29,9 +29,10 @@ class BuildWithCore(build_py):
         super().run()
         target = PACKAGE if self.editable_mode else Path(self.build_lib) / "sjd2_kernels"
         if not self.editable_mode:
-            (target / "csrc").mkdir(exist_ok=True)
-            for name in (*core.UNITS, *core.HEADERS):
-                shutil.copy2(ROOT / "csrc" / name, target / "csrc")
+            for name in core.source_files():
+                copy = target / "csrc" / name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / "csrc" / name, copy)
         try:
             core.build(target, ROOT / "csrc")
         except core.BuildError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,11 @@ import typer
 from typer.core import TyperGroup
 
 from . import __version__
+from .commands.batch import batch
+from .commands.bench import bench
+from .commands.common import load_engine
+from .commands.config import config
+from .commands.evaluate import evaluate
 from .commands.options import (
     AllowPickle,
     Coupling,
@@ -26,7 +30,6 @@ from .commands.options import (
     Out,
     PromptFile,
     Seed,
-    Specs,
     Temperature,
     TopK,
     TopP,
@@ -88,33 +91,6 @@ def _about(
     """Several tokens per forward pass for autoregressive text-to-image models."""
 
 
-def _engine(model: str, device: str, dtype: str, image_size: str | None = None, allow_pickle: bool = False):
-    from .engine import Engine
-
-    size = pixels(image_size)
-    return Engine.from_pretrained(model, device=device, dtype=dtype, image_size=size, allow_pickle=allow_pickle)
-
-
-def _progress(label: str, unit: str):
-    from tqdm import tqdm
-
-    return lambda items: tqdm(items, desc=label, unit=unit, leave=False, dynamic_ncols=True)
-
-
-def _table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> None:
-    """Print a table on stdout, wide enough for its cells where no terminal sets the width."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for i, header in enumerate(headers):
-        table.add_column(header, justify="left" if i < left else "right", no_wrap=True)
-    for cells in rows:
-        table.add_row(*cells)
-    console = Console()
-    Console(width=console.width if console.is_terminal else 140).print(table)
-
-
 @app.command()
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="One or more prompts.")] = None,
@@ -152,89 +128,8 @@ def generate(
         top_p=top_p, verification=verification, coupling=coupling, negative_prompt=negative_prompt,
         max_batch=max_batch,
     )  # fmt: skip
-    for line in draw(_engine(model, device, dtype, image_size, allow_pickle), texts, out, decoder, seed, options):
+    for line in draw(load_engine(model, device, dtype, image_size, allow_pickle), texts, out, decoder, seed, options):
         typer.echo(line)
-
-
-@app.command()
-def bench(
-    model: Model = "scenes",
-    decoders: Specs = "ar,sjd,sjd2",
-    prompts: Annotated[int, typer.Option(help="How many held-out captions of the bundled model.")] = 16,
-    prompt_file: PromptFile = None,
-    seed: Seed = 0,
-    out: Out = Path("out/bench"),
-    tuned: Annotated[str | None, typer.Option(help="Weights for sjd2 (default: MODEL-sjd2).")] = None,
-    windows: Annotated[str, typer.Option(help="auto, or sizes to run every decoder with: 16,32,64")] = "auto",
-    batch: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
-    warmup: Annotated[int, typer.Option(min=0, help="Untimed decodes per decoder at the start.")] = 1,
-    repeats: Annotated[int, typer.Option(help="Timed decodes per prompt and decoder.")] = 1,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    image_size: ImageSize = None,
-    allow_pickle: AllowPickle = False,
-) -> None:
-    """Compare decoders on the same prompts and seeds: forward passes, seconds, memory, pictures."""
-    from .evaluation.specs import parse_specs
-    from .files import check_writable
-
-    at_least_one(prompts=prompts, batch=batch, repeats=repeats)
-    specs = parse_specs(decoders, windows)
-    check_writable(out)
-    from .evaluation import bench as comparison
-    from .evaluation import results
-    from .evaluation.prompts import Case, read_prompts, scene_cases
-
-    names = {"base": model, "sjd2": tuned or f"{model}-sjd2"}
-    places = (device, dtype, image_size, allow_pickle)
-    engines = {w: _engine(names[w], *places) for w in dict.fromkeys(spec.weights for spec in specs)}
-    cases = [Case(text) for text in read_prompts(prompt_file)] if prompt_file else scene_cases(prompts, seed)
-    plan = comparison.Plan(cases[:prompts], seed, batch, warmup, repeats)
-    rows = comparison.contenders(specs, engines)
-    result = comparison.run(plan, rows, out, _progress("bench", "decode"))
-    title = f"Decoders on {result.model}: {result.device}, {result.dtype}"
-    _table(title, results.HEADERS, results.table_rows(result), 3)
-    typer.echo(f"Tables, plots and pictures are in {out}/")
-    typer.echo(result.to_json())
-
-
-@app.command()
-def evaluate(
-    model: Model = "scenes-sjd2",
-    decoder: Decoder = None,
-    prompts: Annotated[int, typer.Option(help="Number of held-out captions, six categories in turn.")] = 120,
-    seed: Seed = 0,
-    out: Out = Path("out/evaluate"),
-    window: Window = None,
-    levels: Levels = None,
-    guidance: Guidance = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    verification: Verification = None,
-    coupling: Coupling = None,
-    batch: Annotated[int, typer.Option(help="Prompts decoded together.")] = 8,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-) -> None:
-    """Score pictures against their prompts (SceneEval); goes on where a killed run stopped."""
-    from .files import check_writable
-
-    at_least_one(prompts=prompts, batch=batch)
-    check_writable(out)
-    from .evaluation import evaluate as scoring
-    from .evaluation.prompts import scene_cases
-
-    options = given(
-        window=window, denoise_levels=levels, guidance_scale=guidance, temperature=temperature, top_k=top_k,
-        top_p=top_p, verification=verification, coupling=coupling,
-    )  # fmt: skip
-    engine = _engine(model, device, dtype)
-    cases = scene_cases(prompts, seed)
-    progress = _progress("evaluate", "batch")
-    result = scoring.evaluate(engine, cases, decoder, out, seed, batch, options, progress)
-    _table(f"SceneEval of {model}, {result.settings['decoder']}", scoring.HEADERS, result.rows(), 1)
-    typer.echo(result.to_json())
 
 
 @app.command()
@@ -300,6 +195,11 @@ def doctor(
         typer.echo(json.dumps(facts, indent=2))
     else:
         show(facts)
+
+
+app.command()(bench)
+app.command()(evaluate)
+app.command()(config)
 
 
 def main() -> None:

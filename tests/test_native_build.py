@@ -91,7 +91,7 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_the_reference_takes_over_and_the_reason_helps(tmp_path: Path) -> None:
     """In a process of its own, from a copy of the package that has no library."""
-    shutil.copytree(build.PACKAGE, tmp_path / "sjd2_kernels", ignore=shutil.ignore_patterns("_sjd2*", "__pycache__"))
+    shutil.copytree(build.PACKAGE, tmp_path / "sjd2_kernels", ignore=shutil.ignore_patterns("libsjd2*", "__pycache__"))
     script = (
         "import logging, torch; logging.basicConfig(level=logging.INFO); from sjd2_kernels import dispatch, ops\n"
         "for _ in range(2): torch.ops.sjd2.embed_window(torch.tensor([[0]]), torch.tensor([[-1]]).int(), "

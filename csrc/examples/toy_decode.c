@@ -1,6 +1,6 @@
 /* A whole decoder in C: sjd2.h, a toy model, nothing else.
  *
- *     cc -std=c99 -I csrc csrc/examples/toy_decode.c path/to/_sjd2.so -o toy_decode
+ *     cc -std=c99 -I csrc csrc/examples/toy_decode.c path/to/libsjd2.so -o toy_decode
  *     ./toy_decode jacobi 8 17 18        (decoder: ar, jacobi or sjd; slots of the window; one seed per picture)
  *
  * Prints one line per picture: how many forward passes it took, then its tokens. The same seeds give the tokens of

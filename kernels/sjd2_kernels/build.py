@@ -1,7 +1,8 @@
 """Build the C core with any C++ compiler: `python -m sjd2_kernels.build`.
 
-Needs the standard library only, so that setup.py can load this file before anything is installed. The library and
-a JSON that says what was built stand beside this file; a library of other sources or for another machine is not used.
+Needs the standard library only, so that setup.py can load this file before anything is installed. The library, a
+JSON that says what was built, and what programs of others need to compile and link against it (`include`, `cmake`,
+`src`) stand beside this file; a library of other sources or for another machine is not used.
 """
 
 from __future__ import annotations
@@ -20,14 +21,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-LIBRARY = "_sjd2.so"
-FACTS = "_sjd2.json"
+LIBRARY = "libsjd2.so"
+FACTS = "libsjd2.json"
 UNITS = ("cpu.cpp", "kernels.cpp", "window.cpp")
 HEADERS = ("sjd2.h", "checks.h", "core.h", "dims.h", "kernels.h", "lanes.h", "rows.h", "threads.h")
+# For programs that embed the core: where in the package each file goes.
+SHARED = {
+    "include": ("sjd2.h", "sjd2.hpp"),
+    "cmake": ("cmake/sjd2Config.cmake", "cmake/sjd2ConfigVersion.cmake"),
+    "src": ("torch_ops.cpp",),
+}
 # Without contraction into fused multiply-adds every instruction set gives the same bits; the other two -fno flags
 # only let loops be vectorised, they change no value.
 STRICT = ("-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread")
-FLAGS = (*STRICT, "-O3", "-fPIC", "-shared", "-fvisibility=hidden")
+# Programs find the library by this name, in the folders that their linker was told.
+NAMED = f"-Wl,-install_name,@rpath/{LIBRARY}" if sys.platform == "darwin" else f"-Wl,-soname,{LIBRARY}"
+FLAGS = (*STRICT, "-O3", "-fPIC", "-shared", "-fvisibility=hidden", NAMED)
 COMMAND = "python -m sjd2_kernels.build"
 
 
@@ -43,10 +52,15 @@ def source_directory() -> Path | None:
     return None
 
 
+def source_files() -> tuple[str, ...]:
+    """Everything in csrc that is compiled or handed on, as paths below it."""
+    return tuple(dict.fromkeys((*UNITS, *HEADERS, *(name for names in SHARED.values() for name in names))))
+
+
 def source_hash(sources: Path) -> str:
     """One hash over everything that the library is made of."""
     digest = hashlib.sha256(" ".join(FLAGS).encode())
-    for name in (*UNITS, *HEADERS):
+    for name in source_files():
         digest.update(name.encode() + (sources / name).read_bytes())
     return digest.hexdigest()
 
@@ -99,8 +113,12 @@ def build(target: Path = PACKAGE, sources: Path | None = None) -> Path:
             "sources": source_hash(sources),
         }
         target.mkdir(parents=True, exist_ok=True)
+        for folder, names in SHARED.items():
+            (target / folder).mkdir(exist_ok=True)
+            for name in names:
+                _place((sources / name).read_bytes(), target / folder / Path(name).name, 0o644)
         _place(library.read_bytes(), target / LIBRARY)
-        _place((json.dumps(facts, indent=1) + "\n").encode(), target / FACTS)
+        _place((json.dumps(facts, indent=1) + "\n").encode(), target / FACTS, 0o644)
     return target / LIBRARY
 
 
@@ -122,13 +140,13 @@ def why_unusable(target: Path = PACKAGE) -> str | None:
     return None
 
 
-def _place(content: bytes, path: Path) -> None:
+def _place(content: bytes, path: Path, mode: int = 0o755) -> None:
     """Write whole or not at all: other processes may be loading the old file."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
-        os.chmod(name, 0o755)
+        os.chmod(name, mode)
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
