@@ -13,11 +13,11 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..transformer import Transformer, TransformerConfig
 from .chameleon_prompt import Picture, is_lumina, picture_of, picture_size
-from .chameleon_vq import ChameleonVQ
+from .chameleon_vq import ChameleonEncoder, ChameleonVQ
 from .family import ImageModel, LoadOptions, ModelFacts, read_noise, tuned_defaults
 from .llama import llama_sources, transformer_config
 from .tokenizer import load_tokenizer
-from .weights import Checkpoint, Rows, Sources, TokenRows, load_module, load_transformer, read_json
+from .weights import Checkpoint, Rows, Sources, TokenRows, load_encoder, load_module, load_transformer, read_json
 
 USUAL_PROMPT = 96  # tokens, for estimates of memory
 PROMPT_ROOM = 1024  # positions for the prompt and the last window, where config.json has fewer than a picture needs
@@ -157,7 +157,9 @@ def load(folder: Path, name: str, device: torch.device, dtype: torch.dtype, opti
     sources = chameleon_sources(facts.transformer, opened.checkpoint, opened.rows, opened.tied)
     vq = load_module(lambda: ChameleonVQ(opened.vq_config), *opened.vq, device)
     transformer = load_transformer(
-        opened.checkpoint, facts.transformer, facts.vocabulary, facts.image_vocabulary, sources, device, dtype,
-        ignore=("model.vqmodel.", "vqmodel."),
+        opened.checkpoint, facts.transformer, facts.vocabulary, facts.image_vocabulary, sources,
+        options.core_device(device), dtype, ignore=("model.vqmodel.", "vqmodel."),
     )  # fmt: skip
-    return ChameleonModel(name, transformer, facts, opened.picture, opened.rows, opened.tokenizer, vq)
+    model = ChameleonModel(name, transformer, facts, opened.picture, opened.rows, opened.tokenizer, vq)
+    model.load_encoder = lambda: load_encoder(lambda: ChameleonEncoder(opened.vq_config), *opened.vq, device)
+    return model

@@ -1,17 +1,19 @@
-"""The picture decoder of Chameleon: codes to pixels, by a VQGAN decoder (arXiv 2012.09841, 2405.09818).
+"""The picture tokenizer of Chameleon: a VQGAN's decoder and its encoder (arXiv 2012.09841, 2405.09818).
 
 Parameters have the names of the published checkpoints, so that files fit as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_GROUPS, NORM_EPS = 32, 1e-6
+DISTANCES = 2**26  # numbers of a table of distances: bounds memory
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -61,6 +63,74 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of every other cell, with a border on the right and below only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class DownLevel(nn.Module):
+    """Residual blocks of one resolution, each with attention behind it or not, then the way to the next."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, coarsest: bool) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks))
+        self.attn = nn.ModuleList(AttentionBlock(outputs) for _ in range(blocks if attention else 0))
+        self.downsample = nn.Identity() if coarsest else Downsample(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[i](x)
+        return self.downsample(x)
+
+
+class Encoder(nn.Module):
+    """Pixels [B, 3, H, W] -> features [B, latent, H/f, W/f]; `attention`: the levels that have it, 0 the finest."""
+
+    def __init__(
+        self, channels: int, multipliers: Sequence[int], blocks: int, latent: int, attention: Container[int] = ()
+    ) -> None:
+        super().__init__()
+        widths = [channels * multiplier for multiplier in multipliers]
+        top = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        self.down = nn.Sequential(
+            *(
+                DownLevel(widths[i - 1] if i else channels, width, blocks, i in attention, i == top)
+                for i, width in enumerate(widths)
+            )
+        )
+        width = widths[top]
+        self.mid = nn.ModuleDict(
+            {"block_1": ResBlock(width, width), "attn_1": AttentionBlock(width), "block_2": ResBlock(width, width)}
+        )
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, latent, 3, padding=1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.down(self.conv_in(pixels))
+        for part in self.mid.values():
+            x = part(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def nearest(features: Tensor, table: Tensor) -> Tensor:
+    """Which row of `table` [V, c] is closest to each cell of features [B, c, h, w]: int64 [B, h, w]."""
+    batch, _, height, width = features.shape
+    rows = features.permute(0, 2, 3, 1).flatten(0, 2)
+    # Half of the squared distance, less what all rows share.
+    norms = table.square().sum(1) / 2
+    parts = rows.split(max(1, DISTANCES // len(table)))
+    return torch.cat([(norms - part @ table.T).argmin(1) for part in parts]).view(batch, height, width)
 
 
 class Decoder(nn.Module):
@@ -114,3 +184,21 @@ class ChameleonVQ(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(self.quantize["embedding"](codes).permute(0, 3, 1, 2)))
+
+
+class ChameleonEncoder(nn.Module):
+    """The other half: pixels float32 [B, 3, H, W], -1 to 1 -> codes int64 [B, H/f, W/f]."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        multipliers = config.get("channel_multiplier") or [1, 1, 2, 2, 4]
+        dim, latent = config.get("embed_dim", 256), config.get("latent_channels", 256)
+        resolution, attended = config.get("resolution", 512), config.get("attn_resolutions") or []
+        attention = [level for level in range(len(multipliers)) if resolution // 2**level in attended]
+        blocks = config.get("num_res_blocks", 2)
+        self.encoder = Encoder(config.get("base_channels", 128), multipliers, blocks, latent, attention)
+        self.quant_conv = nn.Conv2d(latent, dim, 1)
+        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(config.get("num_embeddings", 8192), dim)})
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return nearest(self.quant_conv(self.encoder(pixels)), self.quantize["embedding"].weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..errors import CheckpointError, ConfigError
 from ..layout import TokenLayout
 from ..transformer import Transformer
 from .emu3_tokenizer import RANKS, released_tokenizer
-from .emu3_vq import VQPlace, decode_picture, find_vq, load_vq
+from .emu3_vq import VQPlace, decode_picture, encode_picture, find_vq, load_encoder, load_vq
 from .family import ImageModel, LoadOptions, ModelFacts, read_noise, tuned_defaults
 from .llama import llama_sources, transformer_config
 from .releases import sizes_of, token_ids
@@ -174,7 +175,9 @@ def load(folder: Path, name: str, device: torch.device, dtype: torch.dtype, opti
     sources = llama_sources(facts.transformer, prefix, rows.ids, head, rows.ids[: rows.images])
     vq = load_vq(opened.vq, device)
     transformer = load_transformer(
-        checkpoint, facts.transformer, facts.vocabulary, facts.image_vocabulary, sources, device, dtype,
-        ignore=("model.vqmodel.", "vqmodel."),
+        checkpoint, facts.transformer, facts.vocabulary, facts.image_vocabulary, sources,
+        options.core_device(device), dtype, ignore=("model.vqmodel.", "vqmodel."),
     )  # fmt: skip
-    return Emu3Model(name, transformer, facts, opened.tokens, rows, opened.tokenizer, vq, opened.vq.factor)
+    model = Emu3Model(name, transformer, facts, opened.tokens, rows, opened.tokenizer, vq, opened.vq.factor)
+    model.load_encoder = lambda: partial(encode_picture, load_encoder(opened.vq, device))
+    return model

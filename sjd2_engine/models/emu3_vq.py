@@ -1,4 +1,4 @@
-"""Emu3's picture decoder: transformers' own video tokenizer, of which a picture needs the first frame."""
+"""Emu3's picture tokenizer: transformers' own for videos, of which a picture needs one frame."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .chameleon_vq import nearest
 from .releases import Renamed, sizes_of
-from .weights import Checkpoint, load_module, read_json
+from .weights import Checkpoint, load_module, read_json, require_encoder
 
 # Where the released language model, which comes alone, may have it: in its own folder, or beside it.
 INSIDE, BESIDE = "vision_tokenizer", "Emu3-VisionTokenizer"
@@ -27,7 +28,7 @@ SIZES = {"z_channels": "latent_channels", "ch": "base_channels", "ch_mult": "cha
 TENSORS = (
     (r"\.mid\.attn_1\.norm\.", ".middle_block.attn_norm."),
     (r"\.mid\.", ".middle_block."),
-    (r"(?<!_block)\.up\.", ".up_block.up."),
+    (r"(?<!_block)\.(up|down)\.", r".\1_block.\1."),
     (r"\.attn\.(\d+)\.norm\.", r".attn_norms.\1."),
     (r"\.([qkv])\.(weight|bias)$", r".\1_proj.\2"),
     (r"\.proj_out\.", ".out_proj."),
@@ -100,8 +101,21 @@ def _sizes(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return sizes
 
 
+DECODING, ENCODING = ("decoder", "post_quant_conv"), ("encoder", "quant_conv")
+
+
 def load_vq(place: VQPlace, device: torch.device) -> Any:
     """transformers' Emu3VQVAE without its encoder, in float32; raises CheckpointError."""
+    return _load(place, device, without=ENCODING)
+
+
+def load_encoder(place: VQPlace, device: torch.device) -> Any:
+    """transformers' Emu3VQVAE without its decoder, in float32; raises CheckpointError."""
+    require_encoder(place.checkpoint, place.prefix)
+    return _load(place, device, without=DECODING)
+
+
+def _load(place: VQPlace, device: torch.device, without: tuple[str, ...]) -> Any:
     try:
         from transformers import Emu3VQVAE, Emu3VQVAEConfig
     except ImportError:
@@ -114,7 +128,8 @@ def load_vq(place: VQPlace, device: torch.device) -> Any:
             raise CheckpointError(
                 f"{place.checkpoint.path}/config.json describes no picture tokenizer ({error})"
             ) from error
-        del vq.encoder, vq.quant_conv
+        for part in without:
+            delattr(vq, part)
         return vq
 
     return load_module(build, place.checkpoint, place.prefix, device)
@@ -136,3 +151,19 @@ def decode_picture(vq: Any, codes: Tensor) -> Tensor:
     x, quantised = x[:, :, 0].chunk(2)
     x = decoder.up_block(decoder.middle_block(decoder.conv_in(x), quantised), quantised)
     return decoder.conv_out(F.silu(decoder.norm_out(x, quantised)))
+
+
+def encode_picture(vq: Any, pixels: Tensor) -> Tensor:
+    """Codes int64 [B, h, w] of pixels float32 [B, 3, h·f, w·f], -1 to 1.
+
+    The module's own `encode` reads a clip that repeats the picture: up to where its frames are mixed one is enough.
+    """
+    encoder = vq.encoder
+    x = encoder.middle_block(encoder.down_block(encoder.conv_in(pixels)))
+    x = encoder.conv_out(F.silu(encoder.norm_out(x)))
+    x = x[:, :, None].expand(-1, -1, vq.config.temporal_downsample_factor, -1, -1)
+    for layer in encoder.time_conv:
+        x = F.silu(layer(x))
+    for layer in encoder.time_res_stack:
+        x = layer(x)
+    return nearest(vq.quant_conv(x)[:, :, 0], vq.quantize.embedding.weight)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,16 @@ class LoadOptions:
 
     image_size     (height, width) in pixels, or one number for squares; None = the family's or checkpoint's
     allow_pickle   read tensors from pickled files where there are no safetensors
+    core           False = leave the weights of the decoder out, for who only turns pictures and prompts into tokens
     """
 
     image_size: tuple[int, int] | int | None = None
     allow_pickle: bool = False
+    core: bool = True
+
+    def core_device(self, device: torch.device) -> torch.device:
+        """Where the decoder's weights go; the meta device holds none."""
+        return device if self.core else torch.device("meta")
 
     def size(self, default: tuple[int, int]) -> tuple[int, int]:
         """(height, width) in pixels; raises ConfigError for what is no size."""
@@ -106,7 +113,29 @@ class ImageModel(ABC):
         self.defaults, self.noise = facts.defaults, facts.noise
 
     prompt_kind = "text"  # or "class": what a prompt says
-    vq: Any  # the picture tokenizer
+    vq: Any  # the decoding half of the picture tokenizer
+    # Loads the encoding half: float32 [B, 3, height, width], -1 to 1 -> int64 [B, h, w]. Set by the family's `load`.
+    load_encoder: Callable[[], Callable[[Tensor], Tensor]]
+
+    @cached_property
+    def _encoder(self) -> Callable[[Tensor], Tensor]:
+        return self.load_encoder()
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Image tokens int64 [B, n] of pixels uint8 [B, height, width, 3], on the picture tokenizer's device.
+
+        What `decode_pixels` takes. The first call loads the encoder, which decoding never needs; CheckpointError if
+        the checkpoint has none, ConfigError for pictures of another size.
+        """
+        height, width = self.facts.image_size
+        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (height, width, 3):
+            raise ConfigError(
+                f"pixels are {str(pixels.dtype).removeprefix('torch.')} {list(pixels.shape)}: expected uint8 "
+                f"[B, {height}, {width}, 3]"
+            )
+        values = pixels.to(self.codebook.device).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+        return self._encoder(values).flatten(1)
 
     @property
     def codebook(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..errors import CheckpointError, ConfigError
 from ..layout import TokenLayout
 from ..transformer import Transformer
 from .family import ImageModel, LoadOptions, ModelFacts, read_noise, tuned_defaults
-from .janus_vq import image_table, load_vq, pixel_parameters, renamed
+from .janus_vq import encode_picture, image_table, load_encoder, load_vq, pixel_parameters, renamed
 from .llama import llama_sources, transformer_config
 from .releases import Renamed, sizes_of, token_ids
 from .tokenizer import load_tokenizer
@@ -154,7 +155,10 @@ def load(folder: Path, name: str, device: torch.device, dtype: torch.dtype, opti
             sources[f"head.{layer}.{kind}"] = [Rows(f"model.generation_head.{part}.{kind}")]
     vq = load_vq(checkpoint, opened.vq, device)
     transformer = load_transformer(
-        checkpoint, facts.transformer, facts.vocabulary, facts.image_vocabulary, sources, device, dtype,
+        checkpoint, facts.transformer, facts.vocabulary, facts.image_vocabulary, sources,
+        options.core_device(device), dtype,
         ignore=("model.vision_model.", "model.aligner.", "model.vqmodel.", "model.generation_", "lm_head."),
     )  # fmt: skip
-    return JanusModel(name, transformer, facts, opened.tokens, opened.tokenizer, vq)
+    model = JanusModel(name, transformer, facts, opened.tokens, opened.tokenizer, vq)
+    model.load_encoder = lambda: partial(encode_picture, load_encoder(checkpoint, opened.vq, device))
+    return model

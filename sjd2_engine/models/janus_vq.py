@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .weights import Checkpoint, load_module
+from .llamagen_vq import nearest_direction
+from .weights import Checkpoint, load_module, require_encoder
 
 # Tensors of the authors' releases by transformers' names, in this order.
 TENSORS = (
@@ -24,10 +25,11 @@ TENSORS = (
     (r"^gen_head\.", "model.generation_head."),
     (r"^gen_vision_model\.", "model.vqmodel."),
     (r"^(model\.vqmodel\.decoder)\.conv_blocks\.", r"\1.up."),
-    (r"^(model\.vqmodel\.decoder\.up\.\d+)\.res\.", r"\1.block."),
-    (r"^(model\.vqmodel\.decoder\.mid)\.0\.", r"\1.block_1."),
-    (r"^(model\.vqmodel\.decoder\.mid)\.1\.", r"\1.attn_1."),
-    (r"^(model\.vqmodel\.decoder\.mid)\.2\.", r"\1.block_2."),
+    (r"^(model\.vqmodel\.encoder)\.conv_blocks\.", r"\1.down."),
+    (r"^(model\.vqmodel\.(?:decoder\.up|encoder\.down)\.\d+)\.res\.", r"\1.block."),
+    (r"^(model\.vqmodel\.(?:de|en)coder\.mid)\.0\.", r"\1.block_1."),
+    (r"^(model\.vqmodel\.(?:de|en)coder\.mid)\.1\.", r"\1.attn_1."),
+    (r"^(model\.vqmodel\.(?:de|en)coder\.mid)\.2\.", r"\1.block_2."),
 )
 PIXELS = "model.vqmodel."
 
@@ -72,8 +74,29 @@ def pixel_parameters(checkpoint: Checkpoint) -> int:
     return sum(checkpoint.size(PIXELS + part) for part in ("decoder.", "post_quant_conv.", "quantize.embedding."))
 
 
+DECODING, ENCODING = ("decoder", "post_quant_conv"), ("encoder", "quant_conv")
+
+
 def load_vq(checkpoint: Checkpoint, vq: dict[str, Any], device: torch.device) -> Any:
     """transformers' JanusVQVAE without its encoder, in float32; raises CheckpointError."""
+    return _load(checkpoint, vq, device, without=ENCODING)
+
+
+def load_encoder(checkpoint: Checkpoint, vq: dict[str, Any], device: torch.device) -> Any:
+    """transformers' JanusVQVAE without its decoder, in float32; raises CheckpointError."""
+    require_encoder(checkpoint, PIXELS)
+    return _load(checkpoint, vq, device, without=DECODING)
+
+
+def encode_picture(vq: Any, pixels: Tensor) -> Tensor:
+    """Codes int64 [B, h, w] of pixels float32 [B, 3, h·f, w·f], -1 to 1.
+
+    As the authors' code compares directions; the module's own `encode` leaves lengths in, which its `decode` takes out.
+    """
+    return nearest_direction(vq.quant_conv(vq.encoder(pixels)), vq.quantize.embedding.weight)
+
+
+def _load(checkpoint: Checkpoint, vq: dict[str, Any], device: torch.device, without: tuple[str, ...]) -> Any:
     try:
         from transformers import JanusVQVAE, JanusVQVAEConfig
     except ImportError:
@@ -84,7 +107,8 @@ def load_vq(checkpoint: Checkpoint, vq: dict[str, Any], device: torch.device) ->
             model = JanusVQVAE(JanusVQVAEConfig(**vq))
         except Exception as error:  # the checks of transformers and of its modules raise many kinds
             raise CheckpointError(f"{checkpoint.path}/config.json describes no picture tokenizer ({error})") from error
-        del model.encoder, model.quant_conv
+        for part in without:
+            delattr(model, part)
         return model
 
     return load_module(build, checkpoint, PIXELS, device)

@@ -20,8 +20,8 @@ from ..transformer import Transformer
 from .family import ImageModel, LoadOptions, ModelFacts, read_noise, tuned_defaults
 from .llamagen_core import LlamaGenConfig, grid_rope, llamagen_sources, read_config
 from .llamagen_text import CaptionEmbedder, TextEncoder, encoder_size
-from .llamagen_vq import LlamaGenVQ
-from .weights import Checkpoint, load_module, load_transformer
+from .llamagen_vq import LlamaGenEncoder, LlamaGenVQ
+from .weights import Checkpoint, load_encoder, load_module, load_transformer
 
 USUAL_CAPTION = 32  # tokens, for estimates of memory
 NOT_CORE = ("cls_embedding.", "freqs_cis")
@@ -140,15 +140,19 @@ def load(folder: Path, name: str, device: torch.device, dtype: torch.dtype, opti
     config = read_config(folder)
     facts = _facts(folder, config, options)
     checkpoint = open_weights(folder, options.allow_pickle)
-    vq = load_module(lambda: LlamaGenVQ(config.vq), _vq_weights(folder, options.allow_pickle), "", device)
+    pixels = _vq_weights(folder, options.allow_pickle)
+    vq = load_module(lambda: LlamaGenVQ(config.vq), pixels, "", device)
     caption = encoder = None
     if config.kind == "t2i":
         caption = load_module(lambda: _caption_embedder(config), checkpoint, "cls_embedding.", device)
-        encoder = TextEncoder(config.encoder, device, config.prefix, options.allow_pickle)
+        encoder = TextEncoder(config.encoder, options.core_device(device), config.prefix, options.allow_pickle)
     transformer = load_transformer(
-        checkpoint, config.sizes, facts.vocabulary, config.codes, llamagen_sources(config), device, dtype, NOT_CORE
-    )
+        checkpoint, config.sizes, facts.vocabulary, config.codes, llamagen_sources(config),
+        options.core_device(device), dtype, NOT_CORE,
+    )  # fmt: skip
     sizes = config.sizes
     table = grid_rope(config.grid, sizes.head_dim, sizes.rope_theta, config.prefix, sizes.max_position_embeddings)
     transformer.set_rope(*(part.to(device) for part in table))
-    return LlamaGenModel(name, transformer, facts, config, vq, caption, encoder)
+    model = LlamaGenModel(name, transformer, facts, config, vq, caption, encoder)
+    model.load_encoder = lambda: load_encoder(lambda: LlamaGenEncoder(config.vq), pixels, "", device)
+    return model

@@ -24,7 +24,7 @@ from .llamagen_core import PREFIX, SIZES, llamagen_sources, parse_config
 from .llamagen_vq import LlamaGenVQ
 from .weights import Checkpoint, Rows, check
 
-DECODER = ("decoder.", "post_quant_conv.", "quantize.embedding.")
+PICTURES = ("decoder.", "post_quant_conv.", "quantize.embedding.", "encoder.", "quant_conv.")
 
 
 def convert(weights: Path, vq: Path, out: Path, model: str, kind: str, image_size: int) -> None:
@@ -42,7 +42,7 @@ def convert(weights: Path, vq: Path, out: Path, model: str, kind: str, image_siz
     check(picture, decoder, {name: [Rows(name)] for name, _ in picture.named_parameters()}, ("",))
     check_writable(out)
     _write(core, out / "model.safetensors", ("",))
-    _write(decoder, out / "vq.safetensors", DECODER)
+    _write(decoder, out / "vq.safetensors", PICTURES)
     replace_file(out / "config.json", json.dumps(facts, indent=1) + "\n")
 
 

@@ -96,13 +96,19 @@ def _unusable(place: Path | str, error: Exception) -> CheckpointError:
 
 
 class TextEncoder:
-    """A T5 encoder and its tokenizer from a folder or hub id; float32, as 16 bits change its features."""
+    """A T5 encoder and its tokenizer from a folder or hub id; float32, as 16 bits change its features.
+
+    On the meta device it is the tokenizer alone.
+    """
 
     def __init__(self, place: Path | str, device: torch.device, limit: int, allow_pickle: bool) -> None:
         library = _transformers(place)
         self.limit, self.device = limit, device
+        self.encoder: Any = None
         try:
             self.tokenizer = library.AutoTokenizer.from_pretrained(place)
+            if device.type == "meta":
+                return
             encoder = library.T5EncoderModel.from_pretrained(
                 place, dtype=torch.float32, use_safetensors=None if allow_pickle else True
             )

@@ -19,10 +19,10 @@ from .chameleon import PROMPT_ROOM, USUAL_PROMPT, ChameleonModel, chameleon_sour
 from .chameleon_prompt import GRID_STEP, Picture
 from .family import LoadOptions, ModelFacts, read_noise, tuned_defaults
 from .llama import transformer_config
-from .lumina2_vq import MoVQ
+from .lumina2_vq import MoVQ, MoVQEncoder
 from .releases import token_ids
 from .tokenizer import load_tokenizer
-from .weights import Checkpoint, TokenRows, load_module, load_transformer, read_json
+from .weights import Checkpoint, TokenRows, load_encoder, load_module, load_transformer, read_json
 
 SIZE = (768, 768)
 FIRST_IMAGE_ID = 155_000  # of code 0; the others follow it
@@ -119,7 +119,9 @@ def load(folder: Path, name: str, device: torch.device, dtype: torch.dtype, opti
     sources = chameleon_sources(facts.transformer, checkpoint, rows, bool(config.get("tie_word_embeddings")))
     vq: Any = load_module(lambda: MoVQ(config.get("movq_config") or {}), pixels, "", device)
     transformer = load_transformer(
-        checkpoint, facts.transformer, facts.vocabulary, facts.image_vocabulary, sources, device, dtype,
-        ignore=("model.vqmodel.",),
+        checkpoint, facts.transformer, facts.vocabulary, facts.image_vocabulary, sources,
+        options.core_device(device), dtype, ignore=("model.vqmodel.",),
     )  # fmt: skip
-    return Lumina2Model(name, transformer, facts, picture, rows, tokenizer, vq)
+    model = Lumina2Model(name, transformer, facts, picture, rows, tokenizer, vq)
+    model.load_encoder = lambda: load_encoder(lambda: MoVQEncoder(config.get("movq_config") or {}), pixels, "", device)
+    return model

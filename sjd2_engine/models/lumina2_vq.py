@@ -1,4 +1,4 @@
-"""The picture decoder of Lumina-mGPT 2.0: MoVQGAN, a VQGAN whose norms are modulated by the codes (arXiv 2209.09002).
+"""The picture tokenizer of Lumina-mGPT 2.0: MoVQGAN, its decoder's norms modulated by the codes (arXiv 2209.09002).
 
 Parameters have the names of the published checkpoints, so that files fit as they are.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .chameleon_vq import Upsample, group_norm
+from .chameleon_vq import Encoder, Upsample, group_norm, nearest
 
 
 class SpatialNorm(nn.Module):
@@ -121,3 +121,19 @@ class MoVQ(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         entries = self.quantize["embedding"](codes).permute(0, 3, 1, 2)
         return self.decoder(self.post_quant_conv(entries), entries)
+
+
+class MoVQEncoder(nn.Module):
+    """The other half, a VQGAN's: pixels float32 [B, 3, H, W], -1 to 1 -> codes int64 [B, H/f, W/f]."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        multipliers = config.get("ch_mult", [1, 2, 2, 4])
+        dim, latent, blocks = config.get("embed_dim", 4), config.get("z_channels", 4), config.get("num_res_blocks", 2)
+        coarsest = [len(multipliers) - 1]
+        self.encoder = Encoder(config.get("ch", 256), multipliers, blocks, latent, coarsest)
+        self.quant_conv = nn.Conv2d(latent, dim, 1)
+        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(config.get("n_embed", 16384), dim)})
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return nearest(self.quant_conv(self.encoder(pixels)), self.quantize["embedding"].weight)

@@ -50,6 +50,7 @@ class ScenesModel(ImageModel):
         super().__init__(name, transformer, _facts(transformer.config, len(words), parameters, noise))
         self.vq = vq
         self.tokenizer = WordTokenizer(words, FIRST_WORD, MAX_WORDS)
+        self.load_encoder = lambda: vq.encode
 
     @property
     def codebook(self) -> Tensor:
@@ -106,5 +107,6 @@ def load(folder: Path, name: str, device: torch.device, dtype: torch.dtype, opti
     sizes, vocabulary = facts.transformer, facts.vocabulary
     sources = llama_sources(sizes, image_rows=torch.arange(CODES))
     checkpoint = Checkpoint(folder / "model.safetensors")
-    transformer = load_transformer(checkpoint, sizes, vocabulary, CODES, sources, device, dtype)
+    core = options.core_device(device)
+    transformer = load_transformer(checkpoint, sizes, vocabulary, CODES, sources, core, dtype)
     return ScenesModel(name, transformer, vq, read_json(folder / "config.json")["words"], facts.noise)

@@ -19,6 +19,7 @@ from ..transformer import Transformer, TransformerConfig
 PICKLES = ("pytorch_model*.bin", "model*.bin", "model*.pt", "model*.pth")  # not the optimisers beside them
 SHOW_PROGRESS_ABOVE = 2**30  # bytes
 ROWS_AT_ONCE = 8192  # of a reordered table: bounds the temporary copy
+ORIGIN = "origin"  # attribute of a loaded core
 # Not weights: some exporters store the rotary frequencies.
 NEVER_WEIGHTS = ("rotary_emb.inv_freq", "num_batches_tracked")
 
@@ -132,6 +133,10 @@ class Checkpoint:
             if name.startswith(prefix) and not name.endswith(NEVER_WEIGHTS)
         )
 
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called in its file."""
+        return name
+
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored, on the CPU."""
         file = self.file_of(name)
@@ -182,6 +187,25 @@ def _open(file: Path, allow_pickle: bool) -> Any:
     return {name: value for name, value in stored.items() if isinstance(value, Tensor)}
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a loaded core's parameters were read from, for writing trained ones back."""
+
+    checkpoint: Checkpoint
+    sources: Sources
+
+    @staticmethod
+    def of(model: Transformer) -> Origin:
+        """That of a loaded core; CheckpointError for one that was built otherwise."""
+        found = vars(model).get(ORIGIN)
+        if found is None:
+            raise CheckpointError("the model was not read from a checkpoint, so there is no format to write it back in")
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
+        return self  # open files are not copied, and nothing here is ever changed
+
+
 def load_transformer(
     checkpoint: Checkpoint,
     config: TransformerConfig,
@@ -199,9 +223,18 @@ def load_transformer(
     """
     model = Transformer.outline(config, vocabulary, image_vocabulary)
     check(model, checkpoint, sources, ignore)
+    if device.type == "meta":  # a model that only tells pictures and prompts from tokens
+        return model
     model.allocate(device, dtype)
     fill(model, checkpoint, sources)
+    outlines = {name: [_outline(part) for part in parts] for name, parts in sources.items()}
+    vars(model)[ORIGIN] = Origin(checkpoint, outlines)  # the transformer itself knows nothing of files
     return model.eval().requires_grad_(False)
+
+
+def _outline(part: Rows | Tensor) -> Rows | Tensor:
+    """The same without the numbers of a computed tensor."""
+    return part if isinstance(part, Rows) else torch.empty_like(part, device="meta")
 
 
 def load_module(build: Callable[[], Module], checkpoint: Checkpoint, prefix: str, device: torch.device) -> Module:
@@ -216,6 +249,22 @@ def load_module(build: Callable[[], Module], checkpoint: Checkpoint, prefix: str
     module.to_empty(device=device)
     fill(module, checkpoint, sources)
     return module.eval().requires_grad_(False)
+
+
+def load_encoder(build: Callable[[], Module], checkpoint: Checkpoint, prefix: str, device: torch.device) -> Module:
+    """As `load_module`, for the encoder of a picture tokenizer, which some checkpoints lack."""
+    require_encoder(checkpoint, prefix)
+    return load_module(build, checkpoint, prefix, device)
+
+
+def require_encoder(checkpoint: Checkpoint, prefix: str) -> None:
+    """Raise CheckpointError where a picture tokenizer was stored without its encoder."""
+    name = f"{prefix}encoder.conv_in.weight"
+    if name not in checkpoint:
+        raise CheckpointError(
+            f"{checkpoint.path} has no {name!r}: its picture tokenizer turns tokens into pictures and not the other "
+            "way; fetch or convert the released checkpoint again, with the encoder"
+        )
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
