@@ -39,6 +39,7 @@ from .commands.options import (
     given,
     pixels,
 )
+from .commands.prepare import prepare
 from .errors import ConfigError, PromptError, Sjd2Error
 
 # Newer releases of typer carry click inside, older ones import it: ask typer for the class.
@@ -198,6 +199,8 @@ def doctor(
 
 
 app.command()(bench)
+app.command()(batch)
+app.command()(prepare)
 app.command()(evaluate)
 app.command()(config)
 

@@ -22,9 +22,9 @@ def _draw(args: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
     return np.stack([render(scene) for _, scene in pairs]), [prompt.text for prompt, _ in pairs]
 
 
-def draw_chunks(count: int, seed: int, label: str = "drawing"):
-    """Yields (pictures uint8 [500, 128, 128, 3], captions) until at least `count` pictures are drawn."""
-    jobs = [(seed, chunk) for chunk in range(-(-count // CHUNK))]
+def draw_chunks(count: int, seed: int, label: str = "drawing", first: int = 0):
+    """Yields (pictures uint8 [500, 128, 128, 3], captions) from chunk `first` on until `count` pictures are drawn."""
+    jobs = [(seed, chunk) for chunk in range(first, -(-count // CHUNK))]
     # Spawned workers would import torch again; drawing needs none of it, so plain forks are safe and quick.
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         yield from tqdm(pool.imap(_draw, jobs), total=len(jobs), desc=label, unit="chunk")
