@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from .errors import ConfigError
 
@@ -15,6 +15,8 @@ DECODERS = ("ar", "jacobi", "sjd", "coupled", "sjd2")
 VERIFICATIONS = ("match", "ratio", "paper")
 COUPLINGS = ("gumbel", "maximal", "none")
 WARMUPS = ("tokens", "noise")
+AUTO = "auto"
+AUTO_WIDTH = 96  # the widest that window="auto" considers
 MAX_SEED = 2**63 - 1
 
 
@@ -23,7 +25,9 @@ class DecodeConfig:
     """How to decode; the fields are the keyword options of `Engine.generate`.
 
     decoder          one of `DECODERS`
-    window           model inputs per forward pass and image (`ar` always uses one)
+    window           model inputs per forward pass and image (`ar` always uses one); "auto": the engine measures which
+                     is fastest and may change it on the way (`sjd` and `coupled` then draw other, equally lawful
+                     pictures for the same seed from run to run)
     denoise_levels   noise levels of `sjd2`: forward passes from pure noise to a clean draft
     t_min            the smallest noise level, in (0, 1)
     guidance_scale   l_uncond + s · (l_cond − l_uncond), where the model gives both
@@ -40,7 +44,7 @@ class DecodeConfig:
     """
 
     decoder: str = "ar"
-    window: int = 32
+    window: int | Literal["auto"] = 32
     denoise_levels: int = 5
     t_min: float = 0.05
     guidance_scale: float = 1.0
@@ -60,7 +64,8 @@ class DecodeConfig:
         self._check_choice("verification", VERIFICATIONS)
         self._check_choice("coupling", COUPLINGS)
         self._check_choice("warmup", WARMUPS)
-        self._check_int("window", 1, 4096)
+        if self.window != AUTO:
+            self._check_int("window", 1, 4096)
         self._check_int("denoise_levels", 1, 1000)
         self._check_int("repeat_distance", 0, 2**31 - 1)
         self._check_int("top_k", 0, 2**31 - 1)
@@ -80,8 +85,10 @@ class DecodeConfig:
 
     @property
     def width(self) -> int:
-        """Model inputs per forward pass and row."""
-        return 1 if self.decoder == "ar" else self.window
+        """Model inputs per forward pass and row, at most."""
+        if self.decoder == "ar":
+            return 1
+        return AUTO_WIDTH if self.window == "auto" else self.window
 
     @property
     def exact(self) -> bool:

@@ -53,7 +53,7 @@ class Drafts:
         return self.clean.shape[1]
 
     def refill(self, first: int, rows: Tensor, tokens: Tensor, levels: Tensor, noisy: Tensor | None) -> None:
-        """Make the drafts from slot `first` on of `rows` i64 [n] fresh: given tokens, levels and noise [n, W-1-first]."""
+        """Make the drafts from slot `first` on of `rows` i64 [n] fresh: tokens, levels, noise [n, W-1-first(, D)]."""
         self.tokens[rows, first:] = tokens
         self.status[rows, first:] = reference.FRESH
         self.levels[rows, first:] = levels

@@ -1,158 +1,60 @@
-"""Text in, images out: prefill, the decoding loop, pixels, streaming."""
+"""Text in, images out: the public face of floors 1 to 4."""
 
 from __future__ import annotations
 
+import logging
 import resource
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
 
-from .cache import StaticCache
-from .config import DecodeConfig
-from .errors import BackendError, CheckpointError, ConfigError, NumericalError, PromptError
+from .attention import Workload, check_name, choose
+from .config import AUTO, DecodeConfig
+from .errors import BackendError, CheckpointError, ConfigError, PromptError
+from .graphs import CaptureReport
 from .linear import pack_linears
-from .models import ImageModel, LoadOptions, load_model
-from .schedule import embedding_statistics, noise_times, timestep_encodings
-from .window import JacobiWindow
+from .memory import affordable_batch, is_out_of_memory
+from .models import ImageModel, LoadOptions, describe_model, load_model
+from .quantize import check_quantize, quantize_linears
+from .results import DecodeStats, Picture, Result, StepEvent
+from .session import Advance, PreviewEvery, Session
+from .slots import Slots, check_room, prompt_inputs
+from .tuning import WIDTHS, WindowTuner
 
+logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROOM = 32  # prompts' room is a multiple of it, so that slots fit the next call too
 
 
-@dataclass(frozen=True)
-class DecodeStats:
-    """Figures of one `generate` call.
+@dataclass
+class _Run:
+    """Figures of one call, over all the sessions it took."""
 
-    forward_passes: per image. tokens: per image, forced ones included. step_compression: tokens / mean forward
-    passes. accepted_per_step: how many steps of all images accepted n tokens. latency_s: wall-clock of the call,
-    text to pixels. peak_memory_bytes: device memory allocated at most, on the CPU the process's peak.
-    """
-
-    decoder: str
-    window: int
-    forward_passes: list[int]
-    tokens: int
-    accepted_per_step: dict[int, int]
-    latency_s: float
-    peak_memory_bytes: int
-
-    @property
-    def step_compression(self) -> float:
-        return self.tokens * len(self.forward_passes) / max(1, sum(self.forward_passes))
-
-
-@dataclass(frozen=True)
-class Result:
-    """Images in the order of the prompts (None where decoding failed), int64 [B, n] tokens, figures, failures."""
-
-    images: list[Image.Image | None]
-    tokens: Tensor
-    stats: DecodeStats
-    failures: list[NumericalError] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class StepEvent:
-    """One forward pass of a batch: `rows` are indices of prompts, `accepted` tokens each won in this step,
-    `tokens` the newly accepted local ids of each row, `lengths` tokens so far, `previews` pictures or None."""
-
-    step: int
-    rows: list[int]
-    accepted: list[int]
-    tokens: list[list[int]]
-    lengths: list[int]
-    previews: list[Image.Image] | None = None
-
-
-class Decode:
-    """A batch of images on its way: the window, the cache and the model between them."""
-
-    def __init__(
-        self,
-        model: ImageModel,
-        config: DecodeConfig,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        attention: str = "auto",
-    ) -> None:
-        transformer = model.transformer
-        embedding = transformer.embedding
-        self.model, self.transformer, self.batch = model, transformer, len(prompts)
-        self.guided = config.guidance_scale != 1.0
-        given = [model.prompt_embeds(text) for text in prompts]
-        if self.guided:
-            given += [model.unconditional_embeds(text, config.negative_prompt) for text in prompts]
-        offsets = [model.position_offset(len(row)) for row in given]
-        levels = config.denoise_levels if config.uses_noise else 0
-        capacity = max(map(len, given)) - 1 + len(model.layout) + config.width
-        limit = transformer.cos.shape[0] - max(offsets)
-        room = config.width - capacity + limit
-        if room < 1:
-            raise PromptError(
-                f"the longest prompt has {max(map(len, given))} tokens, {1 - room} more than the model has positions "
-                "for beside the picture; shorten it"
-            )
-        if capacity > limit:
-            raise ConfigError(
-                f"window={config.window} needs {capacity} positions with this prompt, the model has {limit}; "
-                f"use a window of at most {room}"
-            )
-        device, dtype = embedding.device, embedding.dtype
-        self.cache = StaticCache(
-            transformer.config, len(given), capacity, levels, device, dtype, offsets if any(offsets) else None
-        )
-        self.cache.fused &= attention != "sdpa"
-        if levels:
-            mean, std = embedding_statistics(embedding, transformer.image_vocabulary)
-            times = noise_times(levels, config.t_min).to(device)
-            self.cache.write_timesteps(transformer, timestep_encodings(times, mean, std))
-        self._prefill(given)
-        last = torch.stack([row[-1] for row in given])
-        start, other = last[: self.batch], last[self.batch :]
-        # Most families end both prompts alike: then both rows of guidance have the same inputs throughout.
-        self._other_start = other[:, None] if self.guided and not torch.equal(start, other) else None
-        self.window = JacobiWindow(config, model.layout, embedding, start, seeds=seeds, kv_lengths=self.cache.lengths)
-
-    def _prefill(self, prompts: list[Tensor]) -> None:
-        """Cache every prompt [P, D] but its last entry; shorter rows carry padding that the window overwrites."""
-        lengths = [len(row) - 1 for row in prompts]
-        if any(lengths):
-            padded = torch.nn.utils.rnn.pad_sequence([row[:-1] for row in prompts], batch_first=True)
-            self.cache.forward(self.transformer, padded)
-        self.cache.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
-
-    def step(self) -> Tensor:
-        """One forward pass and everything after it; returns accepted counts int32 [B]."""
-        inputs = self.window.inputs()
-        embeds, levels = inputs.embeds, inputs.levels if self.cache.levels else None
-        assert embeds is not None
-        if self.guided:
-            other = embeds
-            if self._other_start is not None:
-                other = torch.where((inputs.positions == -1)[..., None], self._other_start, embeds)
-            embeds = torch.cat([embeds, other])
-            levels = None if levels is None else torch.cat([levels, levels])
-        logits = self.transformer.head(self.cache.forward(self.transformer, embeds, levels))
-        if self.guided:
-            logits = logits.view(2, self.batch, *logits.shape[1:])
-        return self.window.step(logits).accepted
-
-    def image_tokens(self) -> Tensor:
-        """Image tokens int64 [B, n], 0 where nothing is accepted yet."""
-        return self.model.layout.image_tokens(self.window.tokens).clamp(min=0)
+    batch: int = 1
+    passes: Counter[int] = field(default_factory=Counter)
+    graphs: CaptureReport = field(default_factory=lambda: CaptureReport(0, 0.0, 0))
 
 
 class Engine:
     """A model ready to decode; see `from_pretrained`."""
 
-    def __init__(self, model: ImageModel, attention: str = "auto") -> None:
-        self.model, self.attention = model, attention
-        pack_linears(model.transformer)
+    def __init__(
+        self, model: ImageModel, attention: str = "auto", compile: bool = False, quantize: str | None = None
+    ) -> None:
+        self.model, self.attention, self.quantize = model, attention, quantize
+        self._idle: dict[Any, Slots] = {}
+        self._tuners: dict[Any, WindowTuner] = {}
+        if quantize is not None:
+            quantize_linears(model.transformer, quantize)
+        if compile:
+            model.transformer.compile_blocks()
+        else:
+            pack_linears(model.transformer)
 
     @classmethod
     def from_pretrained(
@@ -163,26 +65,37 @@ class Engine:
         attention: str = "auto",
         image_size: tuple[int, int] | int | None = None,
         allow_pickle: bool = False,
+        compile: bool = False,
+        quantize: str | None = None,
     ) -> Engine:
         """Load a bundled model, a folder or a hub id.
 
         device: "auto" (CUDA where there is one), "cpu", "cuda". dtype: "auto" (bfloat16 on CUDA, else float32),
-        "float32", "bfloat16", "float16". attention: "auto" (the fused ops on CUDA, else PyTorch's) or
-        "sdpa" (always PyTorch's). image_size: (height, width) of pictures in
+        "float32", "bfloat16", "float16". attention: "auto" or a backend: "triton", "flash", "sdpa", "cpu"
+        (`sjd2 doctor` says which are there and which "auto" takes). image_size: (height, width) of pictures in
         pixels, or one number for squares; None = the model's own. allow_pickle: read tensors, and nothing else,
-        from pickled files too. Raises CheckpointError, BackendError, ConfigError.
+        from pickled files too. compile: run the blocks through torch.compile instead of the fused ops or packed
+        products. quantize: weights of the blocks in "int8" or "fp8", by torchao; None = as they are.
+        Raises CheckpointError, BackendError, ConfigError.
         """
-        if attention not in ("auto", "sdpa"):
-            raise ConfigError(f"attention={attention!r}: expected 'auto' or 'sdpa'")
+        check_name(attention)
         place = _device(device)
         if dtype != "auto" and dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype!r}: expected 'auto' or one of {', '.join(DTYPES)}")
         kind = DTYPES.get(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-        return cls(load_model(name_or_path, place, kind, LoadOptions(image_size, allow_pickle)), attention)
+        options = LoadOptions(image_size, allow_pickle)
+        # What cannot work is said before gigabytes are read.
+        if attention != "auto":
+            sizes = describe_model(name_or_path, options).transformer
+            choose(attention, Workload.of(sizes, place, kind, timesteps=False))
+        if quantize is not None:
+            check_quantize(quantize, place)
+        return cls(load_model(name_or_path, place, kind, options), attention, compile, quantize)
 
     @property
     def model_name(self) -> str:
-        return self.model.name
+        """The checkpoint's name, with how its weights were quantised: "scenes", "scenes+int8"."""
+        return self.model.name if self.quantize is None else f"{self.model.name}+{self.quantize}"
 
     @property
     def device(self) -> torch.device:
@@ -203,7 +116,7 @@ class Engine:
         if config.uses_noise and not self.is_tuned:
             raise CheckpointError(
                 f"decoder='sjd2' needs weights trained on noisy inputs, and {self.model_name!r} is not; use "
-                f"{self.model_name}-sjd2 if it is there, make one by `sjd2 finetune --model {self.model_name}`, "
+                f"{self.model.name}-sjd2 if it is there, make one by `sjd2 finetune --model {self.model.name}`, "
                 "or take another decoder"
             )
         return config
@@ -216,69 +129,181 @@ class Engine:
         """
         started = time.perf_counter()
         texts, config, seeds = self._checked(prompts, decoder, options)
-        images: list[Image.Image | None] = []
-        tokens, passes, failures = [], [], []
-        histogram: Counter[int] = Counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        for first in range(0, len(texts), config.max_batch):
-            part = slice(first, first + config.max_batch)
-            decode = self._start(config, texts[part], seeds[part])
-            with torch.inference_mode():
-                while not decode.window.done:
-                    decode.step()
-            window = decode.window
-            found = _failures(window, first)
-            drawn = decode.image_tokens()
-            pictures = _pictures(self.model, drawn)
-            broken = {failure.image for failure in found}
-            images += [None if first + i in broken else picture for i, picture in enumerate(pictures)]
-            failures += found
-            tokens.append(drawn.cpu())
-            passes += window.steps.tolist()
-            counts = window.histogram.sum(0).tolist()
-            histogram.update({accepted: count for accepted, count in enumerate(counts) if count})
-        if failures and len(failures) == len(texts):
+        run, found = _Run(), {}
+        for advance in self._advances(run, texts, config, seeds, 0):
+            found |= advance.finished
+        pictures: list[Picture] = [found[index] for index in range(len(texts))]
+        failures = [picture.failure for picture in pictures if picture.failure]
+        if len(failures) == len(texts):
             raise failures[0]
+        histogram: Counter[int] = Counter()
+        for picture in pictures:
+            histogram.update(picture.accepted_per_step)
         stats = DecodeStats(
-            config.decoder, config.width, passes, len(self.model.layout), dict(sorted(histogram.items())),
-            time.perf_counter() - started, _peak_memory(self.device),
+            config.decoder, max(run.passes, key=lambda width: run.passes[width]),
+            [picture.forward_passes for picture in pictures], len(self.model.layout), dict(sorted(histogram.items())),
+            time.perf_counter() - started, _peak_memory(self.device), dict(sorted(run.passes.items())), run.batch,
+            run.graphs,
         )  # fmt: skip
-        return Result(images, torch.cat(tokens), stats, failures)
+        images = [picture.image for picture in pictures]
+        return Result(images, torch.stack([picture.tokens for picture in pictures]), stats, failures)
 
     def stream(
-        self, prompts: str | Sequence[str], decoder: str | None = None, preview_every: int = 0, **options: Any
+        self,
+        prompts: str | Sequence[str],
+        decoder: str | None = None,
+        preview_every: PreviewEvery = 0,
+        **options: Any,
     ) -> Iterator[StepEvent]:
         """Like `generate`, but yields a StepEvent after every forward pass, with preview pictures every
-        `preview_every` steps and at the end (0 = none). The last event of a batch has all its tokens."""
-        if preview_every < 0:
-            raise ConfigError(f"preview_every={preview_every}: expected 0 (never) or a number of steps")
+        `preview_every` steps (0 = none, "auto" = as often as a fiftieth of the time allows). Pictures arrive in
+        `finished` as they become ready; one that failed says so there and does not stop the others."""
         texts, config, seeds = self._checked(prompts, decoder, options)
+        Session.check(preview_every)
         return self._events(texts, config, seeds, preview_every)
 
+    def session(
+        self,
+        decoder: str | None = None,
+        slots: int | None = None,
+        room: int | None = None,
+        preview_every: PreviewEvery = 0,
+        **options: Any,
+    ) -> Session:
+        """Continuous batching for whoever has a loop of their own: prompts come and go, see `Session`.
+
+        slots: pictures drawn at the same time (default: max_batch, as far as memory allows); room: entries of the
+        longest prompt (default: twice the family's usual length). Options are those of `DecodeConfig`; seeds and
+        prompts come with `Session.submit`. Raises ConfigError, CheckpointError, BackendError.
+        """
+        config = self.config_for(decoder, **options)
+        count = self._affordable(config, slots or config.max_batch)
+        probe = prompt_inputs(self.model, config, config.negative_prompt)
+        check_room(self.model, config, probe)
+        longest = max(probe.length, room or 2 * self.model.facts.prompt_length)
+        limit = self.model.transformer.cos.shape[0] - max(probe.offsets) - len(self.model.layout) - config.width + 1
+        return self._open(config, count, min(longest, limit), preview_every)
+
     def _events(
-        self, texts: list[str], config: DecodeConfig, seeds: list[int], preview_every: int
+        self, texts: list[str], config: DecodeConfig, seeds: list[int], preview_every: PreviewEvery
     ) -> Iterator[StepEvent]:
-        for first in range(0, len(texts), config.max_batch):
-            part = slice(first, first + config.max_batch)
-            decode = self._start(config, texts[part], seeds[part])
-            rows = list(range(first, first + decode.batch))
-            step = 0
-            while not decode.window.done:
-                with torch.inference_mode():
-                    accepted = decode.step().tolist()
-                step += 1
-                lengths = decode.window.lengths.tolist()
-                done = decode.window.done
-                new = [
-                    row[end - count : end].tolist()
-                    for row, count, end in zip(decode.window.tokens, accepted, lengths, strict=True)
-                ]
-                show = preview_every and (done or step % preview_every == 0)
-                previews = _pictures(self.model, decode.image_tokens()) if show else None
-                yield StepEvent(step, rows, accepted, new, lengths, previews)
-            for failure in _failures(decode.window, first):
-                raise failure
+        step = 0
+        for advance in self._advances(_Run(), texts, config, seeds, preview_every):
+            step += bool(advance.progress)
+            rows: list[Any] = [row.key for row in advance.progress]
+            previews = [row.preview for row in advance.progress]
+            yield StepEvent(
+                step,
+                rows,
+                [row.accepted for row in advance.progress],
+                [row.tokens for row in advance.progress],
+                [row.length for row in advance.progress],
+                previews if any(previews) else None,
+                {int(str(key)): picture for key, picture in advance.finished.items()},
+            )
+
+    def _advances(
+        self, run: _Run, texts: list[str], config: DecodeConfig, seeds: list[int], preview_every: PreviewEvery
+    ) -> Iterator[Advance]:
+        """Every step of a whole job; where memory runs out, what is unfinished is begun again in fewer slots."""
+        inputs = [prompt_inputs(self.model, config, text) for text in texts]
+        for given in inputs:
+            check_room(self.model, config, given)
+        longest = max(given.length for given in inputs)
+        del inputs
+        count = self._affordable(config, min(config.max_batch, len(texts)))
+        todo: list[int] = list(range(len(texts)))
+        while todo:
+            try:
+                with closing(self._steps(run, texts, config, seeds, todo, count, longest, preview_every)) as steps:
+                    for advance in steps:
+                        todo = [index for index in todo if index not in advance.finished]
+                        yield advance
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.release()
+                if count == 1:
+                    raise BackendError(
+                        f"out of memory with a single picture ({error}); use a smaller window, guidance_scale=1.0, "
+                        "dtype='bfloat16', or a smaller picture"
+                    ) from error
+                count = count // 2
+                logger.warning("out of memory: %d picture(s) are begun again, %d at a time", len(todo), count)
+
+    def _steps(
+        self,
+        run: _Run,
+        texts: list[str],
+        config: DecodeConfig,
+        seeds: list[int],
+        todo: list[int],
+        count: int,
+        longest: int,
+        preview_every: PreviewEvery,
+    ) -> Iterator[Advance]:
+        """The steps of the prompts `todo` in `count` slots."""
+        session = self._open(config, count, longest, preview_every)
+        before = session.slots.graphs.report()
+        try:
+            for index in todo:
+                session.submit(texts[index], seeds[index], index)
+            while session.busy:
+                yield session.step()
+        finally:
+            run.batch = max(run.batch, count)
+            run.passes.update(session.passes)
+            after = session.slots.graphs.report()
+            run.graphs = CaptureReport(
+                after.graphs - before.graphs, after.seconds - before.seconds, after.bytes - before.bytes
+            )
+            session.cancel_all()
+            self._idle = {self._key(config, count): session.slots}
+
+    def _open(self, config: DecodeConfig, count: int, longest: int, preview_every: PreviewEvery) -> Session:
+        """A session on slots left over from the last call if they fit, else on new ones."""
+        key = self._key(config, count)
+        widest, tuner = config.width, None
+        if config.window == AUTO and config.decoder != "ar":
+            widest = min(widest, max(1, self._spare_positions(longest)))
+            tuner = self._tuners.setdefault(key, self._tuner(config, widest))
+        slots = self._idle.pop(key, None)
+        self._idle.clear()  # nothing that does not fit may stay in memory while more is allocated
+        if slots is None or slots.room < longest:
+            room = min(-(-longest // ROOM) * ROOM, longest + max(0, self._spare_positions(longest) - widest))
+            with torch.inference_mode():
+                slots = Slots(self.model, replace(config, window=widest), count, room, self.attention)
+        return Session(slots, preview_every, tuner)
+
+    def _key(self, config: DecodeConfig, count: int) -> Any:
+        """What slots are made for."""
+        return replace(config, seed=0, max_batch=1), count
+
+    def _spare_positions(self, longest: int) -> int:
+        """Positions that the model has beside a prompt of `longest` entries and the picture."""
+        offset = self.model.position_offset(longest)
+        return self.model.transformer.cos.shape[0] - offset - longest + 1 - len(self.model.layout)
+
+    def _tuner(self, config: DecodeConfig, widest: int) -> WindowTuner:
+        usual = {name: value for name, value in self.model.defaults.items() if name != "decoder"}
+        first = DecodeConfig.build(usual, decoder=config.decoder).window
+        first = min(first, widest) if isinstance(first, int) else min(32, widest)
+        half = 12.0 * config.denoise_levels if config.uses_noise else 8.0
+        return WindowTuner(first, tuple(width for width in WIDTHS if width <= widest), half)
+
+    def _affordable(self, config: DecodeConfig, wanted: int) -> int:
+        count = affordable_batch(self.model.facts, config, self.dtype, wanted, self.device)
+        if count < wanted:
+            logger.warning("memory is enough for about %d of %d pictures at a time", count, wanted)
+        return count
+
+    def release(self) -> None:
+        """Free the cache and graphs that are kept for the next call."""
+        self._idle.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _checked(
         self, prompts: str | Sequence[str], decoder: str | None, options: dict[str, Any]
@@ -294,10 +319,6 @@ class Engine:
         self.model.encode_prompt(config.negative_prompt)
         return texts, config, config.seeds(len(texts))
 
-    @torch.inference_mode()
-    def _start(self, config: DecodeConfig, texts: Sequence[str], seeds: Sequence[int]) -> Decode:
-        return Decode(self.model, config, texts, seeds, self.attention)
-
 
 def _device(name: str) -> torch.device:
     if name == "auto":
@@ -311,23 +332,6 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device={name!r}: expected 'auto', 'cpu' or 'cuda'")
     return device
-
-
-def _pictures(model: ImageModel, tokens: Tensor) -> list[Image.Image]:
-    # One at a time: convolutions round differently for other batch sizes, and the picture must not depend on it.
-    return [Image.fromarray(model.decode_pixels(row[None])[0].cpu().numpy()) for row in tokens]
-
-
-def _failures(window: JacobiWindow, first: int) -> list[NumericalError]:
-    found = []
-    for row, (position, step) in enumerate(zip(window.failed.tolist(), window.failed_step.tolist(), strict=True)):
-        if position >= 0:
-            message = (
-                f"NaN or infinite logits: image {first + row}, step {step}, position {position}; "
-                "try dtype='float32', or check the weights"
-            )
-            found.append(NumericalError(message, image=first + row, step=step, position=position))
-    return found
 
 
 def _peak_memory(device: torch.device) -> int:

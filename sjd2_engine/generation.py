@@ -1,4 +1,4 @@
-"""What `sjd2 generate` does: pictures into a folder, each batch written when it is done, none drawn twice."""
+"""What `sjd2 generate` does: pictures into a folder, each written as soon as it is done, none drawn twice."""
 
 from __future__ import annotations
 
@@ -28,18 +28,16 @@ def draw(
     for i in sorted({*range(len(prompts))} - {*todo}):
         yield f"{paths[i]}  kept: drawn before with the same settings"
     failures: list[str] = []
-    for start in range(0, len(todo), config.max_batch):
-        chosen = todo[start : start + config.max_batch]
-        seeds = [seed + i for i in chosen]
-        try:
-            result = engine.generate([prompts[i] for i in chosen], decoder, **{**options, "seed": seeds})
-        except NumericalError as error:  # of all pictures of this batch
-            failures.append(f"{paths[chosen[error.image or 0]].name}: {error}")
-            continue
-        failures += [f"{paths[chosen[error.image or 0]].name}: {error}" for error in result.failures]
-        for i, image, forwards in zip(chosen, result.images, result.stats.forward_passes):
-            if image is not None:
-                save_png(image, paths[i], facts[i])
-                yield f"{paths[i]}  {forwards} forward passes for {result.stats.tokens} tokens"
+    if todo:
+        seeds = [seed + i for i in todo]
+        for event in engine.stream([prompts[i] for i in todo], decoder, **{**options, "seed": seeds}):
+            for at, picture in event.finished.items():
+                i = todo[at]
+                if picture.image is None:
+                    failures.append(f"{paths[i].name}: {picture.failure}")
+                    continue
+                save_png(picture.image, paths[i], facts[i])
+                total = len(engine.model.layout)
+                yield f"{paths[i]}  {picture.forward_passes} forward passes for {total} tokens"
     if failures:
         raise NumericalError(f"{len(failures)} picture(s) failed, the others are written; {failures[0]}")

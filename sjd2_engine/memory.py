@@ -1,7 +1,8 @@
-"""How much memory a decode takes, by formula, before anything is loaded."""
+"""How much memory a decode takes, by formula, before anything is loaded, and how many pictures fit at a time."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 
 import torch
@@ -73,3 +74,33 @@ def decode_memory(
         window_bytes(facts, config, batch, device),
         logits,
     )
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that could still be taken on a device; None where the system does not tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def affordable_batch(
+    facts: ModelFacts, config: DecodeConfig, dtype: torch.dtype, wanted: int, device: torch.device
+) -> int:
+    """How many of `wanted` pictures the estimate allows at a time, halving; at least one, which may still fail."""
+    free = available_bytes(device)
+    count = wanted
+    while free is not None and count > 1:
+        need = decode_memory(facts, config, dtype, count, device.type)
+        if need.total - need.weights <= free:
+            break
+        count //= 2
+    return count
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that an allocation failed: CUDA has a class for it, the CPU's allocator only words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -11,7 +11,7 @@ from torch import Tensor
 import sjd2_kernels.ops  # noqa: F401  (registers torch.ops.sjd2)
 from sjd2_kernels import dispatch, rng
 
-from .config import MAX_SEED, DecodeConfig
+from .config import AUTO, MAX_SEED, DecodeConfig
 from .decoders import make_plan
 from .drafts import Drafts
 from .errors import ConfigError
@@ -74,6 +74,8 @@ class JacobiWindow:
         device: torch.device | str | None = None,
         kv_lengths: Tensor | None = None,
     ) -> None:
+        if config.window == AUTO:
+            raise ConfigError("window='auto' is for the engine, which measures passes: give a number here")
         self.config, self.layout, self.plan = config, layout, make_plan(config)
         self.max_width = config.width
         self.total = len(layout)

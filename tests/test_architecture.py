@@ -15,9 +15,9 @@ KERNELS = ROOT / "kernels" / "sjd2_kernels"
 FLOORS = {
     1: {"config", "schedule", "layout", "errors", "files"},
     2: {"transformer", "fused", "attention", "cache", "linear", "models"},
-    3: {"window", "decoders", "drafts", "graphs"},
-    4: {"engine"},
-    5: {"cli", "serve", "generation", "doctor", "memory", "hf"},
+    3: {"window", "decoders", "drafts", "graphs", "tuning"},
+    4: {"engine", "session", "slots", "memory", "results"},
+    5: {"cli", "commands", "distributed", "serve", "generation", "doctor", "hf"},
 }
 BESIDE = {"training", "evaluation", "scenes"}  # use floors 1 to 4 and each other, are used only by the faces
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -134,14 +134,15 @@ class StaleQ(JacobiWindow):
     """Keeps the old q of drafts that survived the coupled redraw."""
 
     def step(self, logits: Tensor):
-        drafts, status, q = self._drafts.clone(), self._status.clone(), self._q.clone()
+        mine = self._drafts
+        drafts, status, q = mine.tokens.clone(), mine.status.clone(), mine.q.clone()
         result = super().step(logits)
         source = result.accepted[:, None] + torch.arange(drafts.shape[1])
         inside = source < drafts.shape[1]
         source = source.clamp(max=drafts.shape[1] - 1).long()
-        kept = inside & (drafts.gather(1, source) == self._drafts) & (status.gather(1, source) == reference.TRACKED)
+        kept = inside & (drafts.gather(1, source) == mine.tokens) & (status.gather(1, source) == reference.TRACKED)
         old = q.gather(1, source[..., None].expand_as(q))
-        self._q.copy_(torch.where(kept[..., None], old, self._q))
+        mine.q.copy_(torch.where(kept[..., None], old, mine.q))
         return result
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawing import started
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -20,7 +21,6 @@ from typer.testing import CliRunner
 from sjd2_engine import Engine, TokenLayout, models
 from sjd2_engine.cli import app
 from sjd2_engine.config import DECODERS
-from sjd2_engine.engine import Decode
 from sjd2_engine.errors import CheckpointError, ConfigError, PromptError
 from sjd2_engine.linear import PackedLinear, pack_linears
 from sjd2_engine.memory import decode_memory
@@ -391,7 +391,7 @@ def test_memory_by_formula_is_what_a_decode_takes(folder: Path, decoder: str) ->
     model = models.load_model(str(folder), CPU, torch.float32)  # unpacked: oneDNN's weights show no storage
     texts = ["abcdef"] * 3
     with torch.inference_mode():
-        decode = Decode(model, config, texts, [1, 2, 3])
+        decode = started(model, config, texts, [1, 2, 3])
         decode.step()
     gc.collect()
     estimate = decode_memory(model.facts, config, torch.float32, batch=3, device="cpu")

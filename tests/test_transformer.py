@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from drawing import started
 
 from sjd2_engine import Engine
 from sjd2_engine.cache import StaticCache
-from sjd2_engine.engine import Decode
 from sjd2_engine.models import find_model
 from sjd2_engine.models.llama import llama_sources
 from sjd2_engine.models.weights import Rows
@@ -155,20 +155,20 @@ def test_an_outline_takes_no_memory_and_knows_its_shapes() -> None:
 def test_cache_after_decoding_equals_a_fresh_prefill(base: Engine) -> None:
     prompts = ["a red circle left of a blue square", "two green stars on a plain grey background"]
     config = base.config_for("coupled", window=7, seed=3)
-    decode = Decode(base.model, config, prompts, [3, 4])
+    decode = started(base.model, config, prompts, [3, 4])
     with torch.inference_mode():
         for _ in range(25):
             decode.step()
-    table = decode.transformer.embedding
+    table = base.model.transformer.embedding
     assert decode.window.lengths[0] != decode.window.lengths[1]
     for row, text in enumerate([*prompts, "", ""]):
         length = int(decode.cache.lengths[row])
         prompt = base.model.encode_prompt(text)
         accepted = decode.window.tokens[row % 2, : length - len(prompt) + 1].tolist()
         assert length == len(prompt) - 1 + int(decode.window.lengths[row % 2])
-        fresh = StaticCache(decode.transformer.config, 1, 400, 0, CPU, torch.float32)
+        fresh = StaticCache(base.model.transformer.config, 1, 400, 0, CPU, torch.float32)
         with torch.inference_mode():
-            fresh.forward(decode.transformer, table[torch.tensor([prompt + accepted])[:, :length]])
+            fresh.forward(base.model.transformer, table[torch.tensor([prompt + accepted])[:, :length]])
         torch.testing.assert_close(decode.cache.keys[:, row, :length], fresh.keys[:, 0, :length], atol=2e-4, rtol=1e-3)
         torch.testing.assert_close(
             decode.cache.values[:, row, :length], fresh.values[:, 0, :length], atol=2e-4, rtol=1e-3
