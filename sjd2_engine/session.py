@@ -215,7 +215,7 @@ class Session:
         self._clock = now
 
     def _preview_due(self) -> bool:
-        if self.preview_every == "auto":
+        if isinstance(self.preview_every, str):
             return self._preview_seconds <= PREVIEW_SHARE * (time.perf_counter() - self._began)
         return self.preview_every > 0 and self._step % self.preview_every == 0
 

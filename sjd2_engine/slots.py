@@ -117,12 +117,13 @@ class Slots:
 
     def _set_other_start(self, slot: int, last: list[Tensor]) -> None:
         # Most families end both prompts alike: then both rows of guidance have the same inputs throughout.
-        if self._other_start is None:
+        starts = self._other_start
+        if starts is None:
             if torch.equal(*last):
                 return
-            self._other_start = self.model.transformer.embedding.new_zeros(self.count, 1, last[0].shape[0])
+            starts = self._other_start = self.model.transformer.embedding.new_zeros(self.count, 1, last[0].shape[0])
             self.graphs.clear()
-        self._other_start[slot, 0] = last[1]
+        starts[slot, 0] = last[1]
 
     @torch.inference_mode()
     def stop(self, slot: int) -> None:
