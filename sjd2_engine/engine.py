@@ -6,7 +6,7 @@ import logging
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -243,8 +243,8 @@ class Engine:
         count: int,
         longest: int,
         preview_every: PreviewEvery,
-    ) -> Iterator[Advance]:
-        """The steps of the prompts `todo` in `count` slots."""
+    ) -> Generator[Advance, None, None]:
+        """The steps of the prompts `todo` in `count` slots; to close it is to give the rest up."""
         session = self._open(config, count, longest, preview_every)
         before = session.slots.graphs.report()
         try:

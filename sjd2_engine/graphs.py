@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class StepGraphs:
         self.device, self.limit = device, limit
         self._graphs: OrderedDict[Hashable, Step] = OrderedDict()
         self._warm: set[Hashable] = set()
-        self._pool: object = None
+        self._pool: Any = None
         self._seconds, self._bytes, self._count = 0.0, 0, 0
 
     def run(self, key: Hashable, step: Step) -> None:

@@ -67,13 +67,13 @@ class Result:
 @dataclass(frozen=True)
 class StepEvent:
     """One forward pass of the slots: `rows` are indices of the prompts in them, `accepted` tokens each won in this
-    step, `tokens` the newly accepted local ids of each row, `lengths` tokens so far, `previews` a picture per row or
-    None; `finished` holds the pictures that are ready since the event before, by index of the prompt."""
+    step, `tokens` the newly accepted local ids of each row, `lengths` tokens so far, `previews` a picture per row, or
+    None where there is none yet; `finished` holds the pictures that are ready since the event before, by index of the prompt."""
 
     step: int
     rows: list[int]
     accepted: list[int]
     tokens: list[list[int]]
     lengths: list[int]
-    previews: list[Image.Image] | None = None
+    previews: list[Image.Image | None] | None = None
     finished: dict[int, Picture] = field(default_factory=dict)

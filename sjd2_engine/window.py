@@ -11,10 +11,11 @@ from torch import Tensor
 import sjd2_kernels.ops  # noqa: F401  (registers torch.ops.sjd2)
 from sjd2_kernels import dispatch, rng
 
-from .config import AUTO, MAX_SEED, DecodeConfig
+from .config import AUTO, DecodeConfig
 from .decoders import make_plan
 from .drafts import Drafts
 from .errors import ConfigError
+from .given import check_rows, checked_kv_lengths, checked_seeds, checked_start, image_vocab_of, seed_tensor
 from .graphs import Lagged
 from .layout import TokenLayout
 from .schedule import CLEAN, embedding_statistics, noise_times, refine_ratios
@@ -80,12 +81,13 @@ class JacobiWindow:
         self.max_width = config.width
         self.total = len(layout)
         self.device = torch.device(device or ("cpu" if embedding is None else embedding.device))
-        self.seeds = _seed_tensor(config, seeds, start_embeds, self.device)
+        self.seeds = seed_tensor(config, seeds, start_embeds, self.device)
         self.batch = self.seeds.shape[0]
-        self.image_vocab = _image_vocab(layout, embedding)
+        self.image_vocab = image_vocab_of(layout, embedding)
         self._embedding = None if embedding is None else embedding.detach().to(self.device)
-        self._start = _checked_start(start_embeds, self._embedding, self.batch)
-        self._kv_lengths = self._checked_kv_lengths(kv_lengths)
+        start = checked_start(start_embeds, self._embedding, self.batch)
+        self._start = None if start is None else start.clone()  # `restart` writes into it
+        self._kv_lengths = checked_kv_lengths(kv_lengths, self.batch, self.device)
         self._bound = False
         self._lagged: Lagged | None = None
         with torch.no_grad():
@@ -202,18 +204,19 @@ class JacobiWindow:
 
         The caller's cache entries of these rows are its own affair, `kv_lengths` included. Raises ConfigError.
         """
-        _check_rows(rows, self.batch)
+        check_rows(rows, self.batch)
         index = torch.tensor(rows, dtype=torch.int64)
         if seeds is not None:
-            self.seeds[index.to(self.device)] = _checked_seeds(seeds, len(rows)).to(self.device)
-        if start_embeds is not None and self._start is not None:
-            self._start[index.to(self.device)] = _checked_start(start_embeds, self._embedding, len(rows))
+            self.seeds[index.to(self.device)] = checked_seeds(seeds, len(rows)).to(self.device)
+        start = None if start_embeds is None else checked_start(start_embeds, self._embedding, len(rows))
+        if start is not None and self._start is not None:
+            self._start[index.to(self.device)] = start
         self._begin(list(rows))
 
     @torch.no_grad()
     def stop(self, rows: Sequence[int]) -> None:
         """Give the pictures in `rows` up: they count as done and change no more."""
-        _check_rows(rows, self.batch)
+        check_rows(rows, self.batch)
         self._done[torch.tensor(rows, device=self.device)] = 1
 
     @torch.no_grad()
@@ -341,15 +344,6 @@ class JacobiWindow:
         if not logits.is_floating_point():
             raise ConfigError(f"logits are {logits.dtype}: expected a floating-point type")
 
-    def _checked_kv_lengths(self, kv_lengths: Tensor | None) -> Tensor:
-        if kv_lengths is None:
-            return torch.empty(0, dtype=torch.int32, device=self.device)
-        if kv_lengths.dtype != torch.int32 or kv_lengths.dim() != 1 or kv_lengths.shape[0] % self.batch:
-            raise ConfigError(
-                f"kv_lengths is {kv_lengths.dtype} {tuple(kv_lengths.shape)}: expected int32 [R·{self.batch}]"
-            )
-        return kv_lengths
-
 
 def keeps_noise_table(op: str, device: str, size: int) -> bool:
     """Whether a window hands `op` its position-keyed noise as a table of `size` numbers."""
@@ -365,58 +359,3 @@ def initial_tokens(
     u = rng.uniforms(seeds, positions, 0, rng.INIT, 1).squeeze(-1)
     drawn = (u * (end - begin)).long().clamp(max=end - begin - 1) + begin
     return torch.where(forced >= 0, forced, drawn)
-
-
-def _image_vocab(layout: TokenLayout, embedding: Tensor | None) -> int | None:
-    """V as the layout says, else the smallest structure id, else all rows of the embedding."""
-    vocab = layout.image_vocab if layout.image_vocab is not None else layout.smallest_forced
-    if embedding is None:
-        return vocab
-    if embedding.dim() != 2 or not embedding.is_floating_point():
-        raise ConfigError(f"embedding is {embedding.dtype} {tuple(embedding.shape)}: expected floats [V+F, D]")
-    rows = embedding.shape[0]
-    needed = max(max(layout.forced) + 1, vocab or 1)
-    if rows < needed:
-        raise ConfigError(
-            f"embedding has {rows} rows, but the layout uses local ids up to {needed - 1}: expected one "
-            "row per image id, then one per structure id"
-        )
-    return rows if vocab is None else vocab
-
-
-def _seed_tensor(
-    config: DecodeConfig, seeds: Sequence[int] | Tensor | None, start: Tensor | None, device: torch.device
-) -> Tensor:
-    if seeds is None:
-        count = start.shape[0] if start is not None else 1 if isinstance(config.seed, int) else len(config.seed)
-        seeds = config.seeds(count)
-    return _checked_seeds(seeds, None).to(device)
-
-
-def _checked_seeds(seeds: Sequence[int] | Tensor, count: int | None) -> Tensor:
-    values = [int(value) for value in seeds]
-    wrong_count = not values if count is None else len(values) != count
-    if wrong_count or any(not 0 <= value <= MAX_SEED for value in values):
-        rows = "at least one row" if count is None else f"{count} rows"
-        raise ConfigError(f"seeds={values}: expected one integer from 0 to 2**63 - 1 per row, for {rows}")
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def _check_rows(rows: Sequence[int], batch: int) -> None:
-    if not rows or len({*rows}) < len(rows) or any(not 0 <= row < batch for row in rows):
-        raise ConfigError(f"rows={list(rows)}: expected different rows from 0 to {batch - 1}, at least one")
-
-
-def _checked_start(start: Tensor | None, embedding: Tensor | None, batch: int) -> Tensor | None:
-    if embedding is None:
-        if start is not None:
-            raise ConfigError("start_embeds were given without an embedding: give both, or neither")
-        return None
-    wanted = (batch, embedding.shape[1])
-    if start is None or tuple(start.shape) != wanted:
-        got = None if start is None else tuple(start.shape)
-        raise ConfigError(
-            f"start_embeds have shape {got}: expected {wanted}, the embedding of each prompt's last token, "
-            f"one row for each of the {batch} seeds"
-        )
-    return start.detach().to(embedding)
