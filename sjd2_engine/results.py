@@ -68,7 +68,8 @@ class Result:
 class StepEvent:
     """One forward pass of the slots: `rows` are indices of the prompts in them, `accepted` tokens each won in this
     step, `tokens` the newly accepted local ids of each row, `lengths` tokens so far, `previews` a picture per row, or
-    None where there is none yet; `finished` holds the pictures that are ready since the event before, by index of the prompt."""
+    None where there is none yet; `finished` holds the pictures that became ready since the event before, by index of
+    the prompt."""
 
     step: int
     rows: list[int]

@@ -1,8 +1,8 @@
 """window="auto": the width that accepts most tokens per second, by what has been measured so far.
 
 Tokens accepted per pass saturate with the width, a(W) = A · W / (W + h), and a pass gets dearer, often in stairs. The
-first passes of a decode time every width; from then on the widths in use tell how much is accepted, the law fills in for
-the others, and one that promises more is tried. Every pass draws its picture like any other.
+first passes of a decode time every width; from then on the widths in use tell how much is accepted, the law fills in
+for the others, and one that promises more is tried. Every pass draws its picture like any other.
 """
 
 from __future__ import annotations
