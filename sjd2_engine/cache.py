@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .attention import masked_attention
+from .attention import Pass, Workload, choose
 from .fused import can_fuse, fused_forward
 from .transformer import Transformer, TransformerConfig
 
@@ -25,7 +25,8 @@ class StaticCache:
     to leave `lengths` where they are. The first `levels` slots hold the timestep keys, one per noise level:
     each noisy query sees the one of its own level, clean queries see none (SJD2, arXiv 2510.08994).
 
-    `fused` says whether passes run on the fused ops: where those are kernels (CUDA) and cover the decoder.
+    `fused` says whether passes run on the fused ops: where those are kernels (CUDA) and cover the decoder; a compiled
+    model never does. `attention` is the name of a backend (`sjd2_engine.attention`), "auto" the best that is there.
 
     An entry's position for rotation is its place among the row's entries, plus the row's entry of `offsets` int32
     [R] where that is not None: for prompts that end, instead of begin, at a fixed position.
@@ -54,7 +55,10 @@ class StaticCache:
         self.lengths = torch.zeros(rows, device=device, dtype=torch.int32)
         self.offsets = None if offsets is None else torch.tensor(offsets, device=device, dtype=torch.int32)
         self.levels, self.capacity = levels, capacity
-        self.fused = device.type == "cuda" and can_fuse(config) and offsets is None and attention != "sdpa"
+        self.fused = device.type == "cuda" and can_fuse(config) and offsets is None
+        self.scale = config.head_dim**-0.5
+        self.workload = Workload.of(config, device, dtype, levels > 0)
+        self.backend, _ = choose(attention, self.workload)
 
     def adopt(self, other: StaticCache, rows: Sequence[int], length: int) -> None:
         """Copy the first `length` entries of another cache's rows into `rows` of this one; lengths do not move."""
@@ -79,35 +83,21 @@ class StaticCache:
 
         levels int32 [R, T]: noise level of each input, -1 = clean; None = all clean. `lengths` do not move.
         """
-        if self.fused:
-            return fused_forward(model, embeds, self.keys, self.values, self.lengths, levels, self.levels)
         rows, width = embeds.shape[:2]
-        steps = torch.arange(width, device=embeds.device)
-        positions = self.lengths[:, None] + steps
-        # On the CPU reading a number costs nothing, and a short cache is read faster than a masked long one.
-        depth = int(self.lengths.max()) + width if embeds.device.type == "cpu" else self.capacity
         total = self.keys.shape[2]
+        call = Pass(self.lengths, levels, width, total, self.levels, self.scale)
+        attention = self.backend.prepare(self.workload, call)
+        if self.fused and not model.compiled:
+            return fused_forward(model, embeds, self.keys, self.values, self.lengths, self.levels, attention)
+        positions = self.lengths[:, None] + torch.arange(width, device=embeds.device)
         target = torch.arange(0, rows * total, total, device=embeds.device)[:, None] + self.levels + positions
         target = target.flatten().long()
-        mask = self._mask(positions, levels, depth, embeds.dtype)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
             keys.view(-1, *k.shape[2:]).index_copy_(0, target, k.flatten(0, 1))
             values.view(-1, *v.shape[2:]).index_copy_(0, target, v.flatten(0, 1))
-            end = self.levels + depth
-            return masked_attention(q, keys[:, :end], values[:, :end], mask)
+            return attention(q, keys, values)
 
         rotary = positions if self.offsets is None else positions + self.offsets[:, None]
         return model(embeds, rotary, attend)
-
-    def _mask(self, positions: Tensor, levels: Tensor | None, depth: int, dtype: torch.dtype) -> Tensor:
-        hidden = torch.arange(depth, device=positions.device) > positions[:, :, None]
-        if self.levels:
-            own = torch.arange(self.levels, device=positions.device)
-            blind = torch.ones_like(own, dtype=torch.bool).expand(*positions.shape, -1)
-            other = blind if levels is None else levels[:, :, None] != own
-            hidden = torch.cat([other, hidden], 2)
-        return torch.zeros(hidden.shape, device=positions.device, dtype=dtype).masked_fill_(hidden, float("-inf"))[
-            :, None
-        ]

@@ -1,7 +1,8 @@
 """A forward pass on the fused ops: five kernels and four matrix products a layer, nothing else.
 
 The same maths as `Transformer.forward` over a `StaticCache`, for inference. Norms add the residual on their way, one
-op normalises, rotates and stores keys, and attention reads the cache with each row's own length and timestep key.
+op normalises, rotates and stores keys, and attention reads the cache with each row's own length and timestep key. Any
+attention backend will do.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from sjd2_kernels import reference
 
+from .attention import Attention
 from .transformer import LAYER_NORM_EPS, Block, Transformer, TransformerConfig
 
 QK_NORMS = {"none": reference.NO_NORM, "rms": reference.RMS_NORM, "layer": reference.LAYER_NORM}
@@ -24,12 +26,12 @@ def can_fuse(config: TransformerConfig) -> bool:
 
 
 def fused_forward(
-    model: Transformer, embeds: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, levels: Tensor | None, front: int
+    model: Transformer, embeds: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, front: int, attention: Attention
 ) -> Tensor:
     """Hidden states [R, T, D] of embeds [R, T, D], appended behind each row's valid entries of a cache.
 
-    keys, values [layers, R, S, Hkv, d] (written in place); lengths int32 [R], levels int32 [R, T] or None and `front`
-    as in `window_attention`. Entry n of a row stands at rotary position n.
+    keys, values [layers, R, S, Hkv, d] (written in place), of which the first `front` slots are no entries; lengths
+    int32 [R]; `attention` as prepared for this pass. Entry n of a row stands at rotary position n.
     """
     ops, config = torch.ops.sjd2, model.config
     blocks = [cast(Block, block) for block in model.blocks]
@@ -42,7 +44,7 @@ def fused_forward(
             qkv, model.cos, model.sin, lengths, keys[layer], values[layer], *_qk_weights(block),
             QK_NORMS[config.qk_norm], LAYER_NORM_EPS if config.qk_norm == "layer" else config.rms_norm_eps, front,
         )  # fmt: skip
-        attended = ops.window_attention(q, keys[layer], values[layer], lengths, levels, front, config.head_dim**-0.5)
+        attended = attention(q, keys[layer], values[layer])
         x = ops.rms_norm(block.out(attended.flatten(2)), block.mlp_norm, config.rms_norm_eps, residual)
         x = ops.rms_norm(block.down(ops.swiglu(block.gate_up(x))), norms[layer], config.rms_norm_eps, residual)
     return x

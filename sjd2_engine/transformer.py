@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,12 @@ class Block(nn.Module):
     """Attention and SwiGLU; the query, key, value and the gate, up projections are one matrix each.
 
     `qk_weight` and `qk_bias` [H + Hkv, head_dim] are those of the query heads, then of the key heads.
+    `outside` calls `attend` for a compiled block.
     """
+
+    outside: Callable[..., Tensor] | None = None
+
+    compiled_alone = False  # by `compile_blocks`; where a whole pass is compiled, attention is a part of it
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -95,7 +101,8 @@ class Block(nn.Module):
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         qkv = self.qkv(x).view(*x.shape[:2], heads + 2 * kv_heads, self.config.head_dim)
         rotated = rotate(self._qk_normed(qkv[:, :, : heads + kv_heads]), cos, sin)
-        attended = attend(layer, rotated[:, :, :heads], rotated[:, :, heads:], qkv[:, :, heads + kv_heads :])
+        given = (layer, rotated[:, :, :heads], rotated[:, :, heads:], qkv[:, :, heads + kv_heads :])
+        attended = attend(*given) if self.outside is None else self.outside(attend, *given)
         return self.out(attended.flatten(2))
 
     def _qk_normed(self, qk: Tensor) -> Tensor:
@@ -110,6 +117,10 @@ class Block(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+def _call(attend: Attend, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(layer, q, k, v)
+
+
 class Transformer(nn.Module):
     """Embeddings in, hidden states out; the head gives logits over image ids only.
 
@@ -119,6 +130,7 @@ class Transformer(nn.Module):
 
     cos: Tensor
     sin: Tensor
+    compiled = False
 
     def __init__(self, config: TransformerConfig, vocabulary: int, image_vocabulary: int) -> None:
         super().__init__()
@@ -132,6 +144,17 @@ class Transformer(nn.Module):
         else:
             self.head = nn.Linear(width, image_vocabulary, bias=False)
         self.set_rope(*rope_table(config.max_position_embeddings, config.head_dim, config.rope_theta))
+
+    def compile_blocks(self) -> None:
+        """Let torch.compile make kernels of each block's norms, products and rotation, on the first passes.
+
+        Attention and the cache stay outside: they read lengths that change with every pass.
+        """
+        outside = torch.compiler.disable(_call)
+        for block in self.blocks:
+            cast(Block, block).outside = outside
+            block.compile()
+        self.compiled = True
 
     def set_rope(self, cos: Tensor, sin: Tensor) -> None:
         """Rotate by these float32 tables [positions, head_dim], sine signed as in `rope_table`."""

@@ -14,7 +14,7 @@ KERNELS = ROOT / "kernels" / "sjd2_kernels"
 
 FLOORS = {
     1: {"config", "schedule", "layout", "errors", "files"},
-    2: {"transformer", "fused", "attention", "cache", "linear", "models"},
+    2: {"transformer", "fused", "attention", "cache", "linear", "quantize", "models"},
     3: {"window", "decoders", "drafts", "given", "graphs", "tuning"},
     4: {"engine", "session", "slots", "memory", "results"},
     5: {"cli", "commands", "distributed", "serve", "generation", "doctor", "hf"},

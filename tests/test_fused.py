@@ -27,7 +27,7 @@ TINY = TransformerConfig(
 )
 
 
-def passes(config: TransformerConfig, fused: bool, levels: int) -> list[torch.Tensor]:
+def passes(config: TransformerConfig, fused: bool, levels: int, attention: str = "sdpa") -> list[torch.Tensor]:
     """Hidden states of a prefill and two windows, with rows of different progress in between."""
     model = Transformer(config, vocabulary=30, image_vocabulary=20).requires_grad_(False)
     model.initialise(0)
@@ -35,7 +35,7 @@ def passes(config: TransformerConfig, fused: bool, levels: int) -> list[torch.Te
     for parameter in model.parameters():
         parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     model.to(DEVICE)
-    cache = StaticCache(config, 2, 40, levels, torch.device(DEVICE), torch.float32)
+    cache = StaticCache(config, 2, 40, levels, torch.device(DEVICE), torch.float32, attention=attention)
     cache.fused = False
     if levels:
         cache.write_timesteps(model, torch.randn(levels, 48, generator=generator).to(DEVICE))
@@ -49,15 +49,15 @@ def passes(config: TransformerConfig, fused: bool, levels: int) -> list[torch.Te
     return found
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(("backend", "attention"), [("reference", "sdpa"), ("triton", "triton"), ("triton", "sdpa")])
 @pytest.mark.parametrize(("qk_norm", "levels"), [("none", 0), ("none", 3), ("rms", 0), ("layer", 2)])
-def test_fused_passes_equal_plain_ones(backend: str, qk_norm: str, levels: int) -> None:
+def test_fused_passes_equal_plain_ones(backend: str, attention: str, qk_norm: str, levels: int) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
     config = replace(TINY, qk_norm=qk_norm)
     expected = passes(config, fused=False, levels=levels)
     with sjd2_kernels.backend(backend):
-        got = passes(config, fused=True, levels=levels)
+        got = passes(config, fused=True, levels=levels, attention=attention)
     for ours, plain in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, plain, atol=2e-5, rtol=1e-4)
 
@@ -78,8 +78,5 @@ def test_the_bundled_model_draws_the_same_picture(tuned: Engine, monkeypatch: py
         self.fused = True
 
     monkeypatch.setattr(StaticCache, "__init__", fused)
-    assert tuned._start(tuned.config_for("ar"), prompts, [3, 4]).cache.fused
-    monkeypatch.setattr(tuned, "attention", "sdpa")
-    assert not tuned._start(tuned.config_for("ar"), prompts, [3, 4]).cache.fused
-    monkeypatch.setattr(tuned, "attention", "auto")
+    monkeypatch.setattr(tuned, "_idle", {})
     assert torch.equal(tuned.generate(prompts, decoder="sjd2", seed=3).tokens, expected)
