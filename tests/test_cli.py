@@ -203,7 +203,7 @@ def test_a_picture_that_fails_is_named_and_the_others_are_written(batch: int, tm
     assert not files_in(tmp_path / "none")
 
 
-# ------------------------------------------------------------------ bench and evaluate
+# ------------------------------------------------------------------ bench
 
 
 @needs_model
@@ -236,22 +236,6 @@ def test_bench_refuses_sjd2_on_base_weights_before_decoding(tmp_path: Path) -> N
     result = sjd2("bench", "--decoders", "sjd2@base", "--prompts", 1, "--out", tmp_path)
     assert_refused(result, "finetune")
     assert not files_in(tmp_path)
-
-
-@needs_model
-def test_evaluate_goes_on_and_keeps_its_settings(tmp_path: Path) -> None:
-    args = ["evaluate", "--decoder", "jacobi", "--batch", 2, "--out", tmp_path]
-    assert sjd2(*args, "--prompts", 2).exit_code == 0
-    first = (tmp_path / "images.jsonl").read_text()
-    result = sjd2(*args, "--prompts", 3)
-    assert result.exit_code == 0, (result.exception, result.stderr)
-    lines = (tmp_path / "images.jsonl").read_text()
-    assert lines.startswith(first) and len(lines.splitlines()) == 3
-    scores = json.loads(result.stdout.splitlines()[-1])["scores"]
-    assert scores["overall"]["total"] == 3 and len(scores["categories"]) == 3
-    assert 0 <= scores["overall"]["low"] <= scores["overall"]["score"] <= scores["overall"]["high"] <= 1
-    assert "| overall |" in (tmp_path / "scene_eval.md").read_text()
-    assert_refused(sjd2(*args, "--prompts", 3, "--temperature", 0.5), "temperature", "choose another")
 
 
 @needs_model

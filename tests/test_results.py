@@ -13,8 +13,8 @@ from PIL import Image
 from sjd2_engine.config import DecodeConfig
 from sjd2_engine.errors import ConfigError, PromptError
 from sjd2_engine.evaluation import results
-from sjd2_engine.evaluation.evaluate import read_records
 from sjd2_engine.evaluation.prompts import read_prompts, scene_cases
+from sjd2_engine.evaluation.records import read_records
 from sjd2_engine.evaluation.results import BenchResult, DecoderResult
 from sjd2_engine.evaluation.specs import DecoderSpec, parse_spec, parse_specs
 from sjd2_engine.files import (
