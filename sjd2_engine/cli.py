@@ -129,8 +129,13 @@ def generate(
         top_p=top_p, verification=verification, coupling=coupling, negative_prompt=negative_prompt,
         max_batch=max_batch,
     )  # fmt: skip
-    for line in draw(load_engine(model, device, dtype, image_size, allow_pickle), texts, out, decoder, seed, options):
-        typer.echo(line)
+    try:
+        engine = load_engine(model, device, dtype, image_size, allow_pickle)
+        for line in draw(engine, texts, out, decoder, seed, options):
+            typer.echo(line)
+    except KeyboardInterrupt:
+        typer.echo(f"sjd2: stopped; finished pictures are in {out}/, the same command draws the others", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.command()

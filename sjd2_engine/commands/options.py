@@ -13,7 +13,19 @@ Model = Annotated[str, typer.Option(help="Bundled model (scenes, scenes-sjd2), a
 Decoder = Annotated[str | None, typer.Option(help="ar, jacobi, sjd, coupled or sjd2 (default: the model's).")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for everything that is written.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first prompt; prompt i uses seed + i.")]
-Window = Annotated[int | None, typer.Option(help="Slots per forward pass (default: the model family's).")]
+
+
+def window_size(text: str) -> int | str:
+    """ "32" -> 32, "auto" as it is."""
+    if text == "auto" or text.isdigit():
+        return text if text == "auto" else int(text)
+    raise typer.BadParameter(f"{text!r}: expected a number, or auto")
+
+
+Window = Annotated[
+    Any,
+    typer.Option(parser=window_size, metavar="N|auto", help="Slots per forward pass (default: the model family's)."),
+]
 Levels = Annotated[int | None, typer.Option(help="Denoising levels of sjd2.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")]
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")]
