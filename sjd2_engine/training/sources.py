@@ -16,6 +16,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
 CAPTION_COLUMNS = ("text", "caption", "prompt", "txt", "label")
 METADATA = "metadata.jsonl"
+TAR_END, GZIP = bytes(1024), b"\x1f\x8b"
 ROWS_AT_ONCE = 64  # of a parquet file: bounds memory
 INSTALL = "pip install 'sjd2-engine[train]'"
 
@@ -154,7 +155,9 @@ class TarSource(Source):
         problems: list[str] = []
 
         def note(error: Exception) -> bool:
-            problems.append(f"it cannot be read to its end ({error.args[0] if error.args else error!r})")
+            # The library adds names of files and streams to what went wrong.
+            reason = str(error.args[0] if error.args else repr(error)).partition(" @ ")[0].strip("\"'")
+            problems.append(f"it cannot be read to its end ({reason})")
             return True
 
         def wanted(file: str) -> bool:
@@ -172,6 +175,8 @@ class TarSource(Source):
                 yield Item(name, problem="it has no image")
             else:
                 yield _captioned(name, self._caption(sample), lambda image=image: image)
+        if not problems and _is_cut(path):
+            problems.append("it cannot be read to its end (it has no end mark)")
         yield from (Item(shard, problem=problem) for problem in problems[:1])
 
     def _caption(self, sample: dict[str, Any]) -> Any:
@@ -184,6 +189,15 @@ class TarSource(Source):
         except ValueError:
             return None
         return _pick(entry, self.column) if isinstance(entry, dict) else None
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether a tar lacks the zeros at its end: cut between two files, it reads like a shorter one."""
+    with open(path, "rb") as file:
+        if file.read(2) == GZIP:  # which has a check of its own
+            return False
+        file.seek(max(0, path.stat().st_size - len(TAR_END)))
+        return file.read() != TAR_END
 
 
 class ParquetSource(Source):
