@@ -68,8 +68,6 @@ class Block(nn.Module):
 
     outside: Callable[..., Tensor] | None = None
 
-    compiled_alone = False  # by `compile_blocks`; where a whole pass is compiled, attention is a part of it
-
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
