@@ -30,6 +30,7 @@ class SceneVQ(nn.Module):
     """
 
     codebook: Tensor
+    cells: Tensor  # the codebook before codes of equal meaning were joined; zero where none were
 
     def __init__(self, width: int = 96, half: int = 32, fine: int = 16) -> None:
         super().__init__()
@@ -43,6 +44,7 @@ class SceneVQ(nn.Module):
             nn.Conv2d(width, CODE_DIM, 1),
         )
         self.register_buffer("codebook", torch.zeros(CODES, CODE_DIM))
+        self.register_buffer("cells", torch.zeros(CODES, CODE_DIM))
         self.decoder = nn.Sequential(
             nn.Conv2d(CODE_DIM, width, 3, padding=1),
             _ResBlock(width),
@@ -57,14 +59,22 @@ class SceneVQ(nn.Module):
             nn.PixelShuffle(2),
         )
 
-    def nearest(self, z: Tensor) -> Tensor:
-        """Index of the closest code for each vector; z [M, 16] -> int64 [M]."""
-        z = z.float()
-        return (self.codebook.square().sum(1) - 2 * z @ self.codebook.T).argmin(1)
+    def nearest(self, z: Tensor, centres: Tensor | None = None) -> Tensor:
+        """Index of the closest code (or row of `centres`) for each vector; z [M, 16] -> int64 [M]."""
+        centres = self.codebook if centres is None else centres
+        # Distances of neighbours differ by less than bfloat16 can tell.
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            return (centres.square().sum(1) - 2 * z @ centres.T).argmin(1)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        z = self.encoder(pixels)
-        return self.nearest(z.permute(0, 2, 3, 1).reshape(-1, CODE_DIM)).view(z.shape[0], -1)
+        z = self.encoder(pixels).permute(0, 2, 3, 1)
+        flat = z.reshape(-1, CODE_DIM)
+        if not self.cells.any():
+            return self.nearest(flat).view(z.shape[0], -1)
+        # Joined codes moved to their centroid, but each still stands for what was closest to one of them before.
+        first = (self.codebook[:, None] == self.codebook).all(2).int().argmax(1)
+        return first[self.nearest(flat, self.cells)].view(z.shape[0], -1)
 
     def decode(self, codes: Tensor) -> Tensor:
         z = self.codebook[codes].view(-1, GRID, GRID, CODE_DIM).permute(0, 3, 1, 2)

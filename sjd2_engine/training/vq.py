@@ -60,8 +60,8 @@ class Codebook:
 def merge_codes(codebook: Tensor, usage: Tensor, distance: float) -> Tensor:
     """Give codes that mean the same one vector: centroids are joined, nearest first, up to `distance`.
 
-    codebook f32 [256, 16], usage [256] counts; returns the new codebook, in which the members of a group are equal, so
-    that `SceneVQ.nearest` always takes the first of them. Without it the encoder picks among near-equal codes by
+    codebook f32 [256, 16], usage [256] counts; returns the new codebook, in which the members of a group are equal, and
+    `SceneVQ.encode` always takes the first of them. Without it the encoder picks among near-equal codes by
     chance, and the decoder model spends most of its loss on guessing which.
     """
     centres, weight = codebook.double().clone(), usage.double() + 1e-3
@@ -137,6 +137,7 @@ def train(out: Path, minutes: float, pictures: int, batch: int, rate: float, see
         if step % 500 == 0:
             save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "vq.safetensors")
     with torch.no_grad():
+        model.cells.copy_(model.codebook)
         model.codebook.copy_(merge_codes(model.codebook, codebook.counts, MERGE_DISTANCE))
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "vq.safetensors")
 
