@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGKILL in the middle of `sjd2 generate`: what is finished stays, the rest is drawn by the same command."""
+"""Ctrl-C and SIGKILL in the middle of `sjd2 generate`: finished pictures stay, the same command draws the rest."""
 
 from __future__ import annotations
 
