@@ -8,19 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCKS = [
-    pytest.param(code, id=f"{name}-{number}")
-    for name in ("README.md", "docs/embedding.md", "docs/decoders.md", "docs/scenes.md")
-    for number, code in enumerate(
-        re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.M | re.S)
-    )
-]
+DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("decoders", "embedding", "engine", "scenes")))
 
 
-@pytest.mark.parametrize("code", BLOCKS)
-def test_python_blocks_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_python_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, as a reader would type them in."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "<document>", "exec"), {})
+    names: dict = {}
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)):
+        exec(compile(code, f"<block {number} of {name}>", "exec"), names)
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", *[f"docs/{p.name}" for p in ROOT.glob("docs/*.md")]])
