@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from sjd2_engine.cli import app
 from sjd2_engine.errors import BackendError, ConfigError
 from sjd2_engine.models import ImageModel, LoadOptions, load_model
+from sjd2_engine.models.llamagen_vq import LlamaGenEncoder
 from sjd2_engine.training import prepare as preparation
 from sjd2_engine.training.data import _draw
 from sjd2_engine.training.prepare import Plan, Unusable, draw, prepare, read_picture
@@ -372,3 +373,30 @@ def test_images_of_every_mode_become_rgb(mode: str) -> None:
     pixels = read_picture(encoded(image, kind), (16, 16))
     assert pixels.shape == (16, 16, 3) and pixels.dtype == np.uint8
     assert expected is None or abs(pixels.astype(int) - expected).max() <= 1
+
+
+def test_classes_as_captions(tmp_path: Path) -> None:
+    """LlamaGen's models of classes: captions are numbers, wherever they come from; the core is not loaded."""
+    pytest.importorskip("transformers")
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+    import tiny_llamagen as tiny
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny.write(tmp_path / "model", "c2i")
+    encoder = LlamaGenEncoder(tiny.VQ)
+    own = {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith("quantize")}
+    save_file({**load_file(folder / "vq.safetensors"), **own}, folder / "vq.safetensors")
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    table = pa.table({"image": FILES[:4], "label": [3, 0, tiny.CLASSES, 5]})
+    pq.write_table(table, source / "a.parquet")
+    run(source, "-o", out, "--model", folder)
+    store = Store(out)
+    store.check(load_model(str(folder), torch.device("cpu"), torch.float32))
+    assert store.info.prompt == "class" and store.info.family == "llamagen"
+    assert [store.caption(i) for i in range(3)] == ["3", "0", "5"] and list(skipped(out)) == ["a.parquet:2"]
+    assert store[0][0].shape == (tiny.GRID**2,) and int(store[0][0].max()) < tiny.CODES
+    with pytest.raises(ConfigError, match="the model family is 'llamagen' there"):
+        store.check(load_model("scenes", torch.device("cpu"), torch.float32))
+    assert "prepared for another model" in run(source, "-o", out, "--model", "scenes", code=2)
