@@ -24,6 +24,7 @@ from .worker import Drawn, Worker
 WAVES = 4  # a chunk fills a worker's slots at most so many times: what a lost host takes with it, and the last wait
 STRIKES = 3  # workers that a prompt may take down before it is given up
 DEATHS_IN_A_ROW = 10  # of one worker without a picture: the host is broken, not the prompts
+FAILED_STARTS = 3  # of one worker in a row
 PATIENCE_S = 30.0  # until it is said that no worker has started yet
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,14 @@ class Member:
     hired: int = 0
     deaths: int = 0
     deaths_in_a_row: int = 0
+    failed_starts: int = 0
     pictures: int = 0
     seconds: float = 0.0
     sent_at: float = 0.0
+
+    @property
+    def hopeless(self) -> bool:
+        return self.deaths_in_a_row >= DEATHS_IN_A_ROW or self.failed_starts >= FAILED_STARTS
 
 
 class Queue:
@@ -96,6 +102,7 @@ class Crew:
         self.errors: dict[int, str] = {}
         self.ready_at: float | None = None
         self.seconds = 0.0
+        self._last_death = ""
 
     def work(self) -> None:
         """Until every prompt has a picture or an error. Raises BackendError when no worker is left, and what
@@ -107,7 +114,7 @@ class Crew:
         begun, told = time.monotonic(), False
         while self.queue or any(chunk for _, chunk in self.running.values()):
             if not self.running:
-                raise BackendError(f"every worker died {DEATHS_IN_A_ROW} times in a row; {self._last_death}")
+                raise BackendError(f"no worker is left, each died again and again; the last by {self._last_death}")
             ready, _ = ray.wait(list(self.running), timeout=1.0)
             for ref in ready:
                 self._settle(ref)
@@ -172,11 +179,13 @@ class Crew:
     def _died(self, member: Member, chunk: list[Item], error: BaseException) -> None:
         """Count what the worker had finished, put back what it had not begun, and suspect the rest."""
         self._end(member)
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-        self._last_death = f"the last by {reason}"
+        # Ray's messages begin with tracebacks and end with what happened.
+        reason = f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}"[:300]
+        self._last_death = reason
         logger.warning("worker %s died%s: %s", member.name, "" if chunk else " while it started", reason)
         member.deaths += 1
         member.deaths_in_a_row += 1
+        member.failed_starts = 0 if chunk else member.failed_starts + 1
         logged = {r.get("picture"): r for r in folder.read_records(folder.log_path(self.plan, member.name))}
         named = {item.index: logged.get(self.plan.picture(item)) for item in chunk}
         finished = {index: record for index, record in named.items() if record is not None}
@@ -190,7 +199,7 @@ class Crew:
                 self.errors[item.index] = f"{STRIKES} workers died while they drew it, the last by {reason}"
                 self.progress(1)
         self.queue.put_back(left[self.batch :])
-        if self.queue and member.deaths_in_a_row < DEATHS_IN_A_ROW:
+        if self.queue and not member.hopeless:
             self._hire(member)
 
     @staticmethod

@@ -90,7 +90,7 @@ def open_run(plan: Plan, items: Iterable[Item]) -> dict[int, Record]:
         **{r["picture"]: r for r in found.values()},
     }
     run = state / plan.run
-    run.mkdir()
+    run.mkdir(parents=True)
     replace_file(run / "before.jsonl", "".join(json.dumps(record) + "\n" for record in true.values()))
     _forget(logs)
     (plan.out / MANIFEST).unlink(missing_ok=True)

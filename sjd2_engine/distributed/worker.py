@@ -52,7 +52,7 @@ class Worker:
                 "hosts share under the same path"
             )
         check_writable(plan.out)
-        self.plan = plan
+        self.plan, self.run_folder = plan, path.parent
         self.engine = Engine.from_pretrained(
             plan.model, plan.device, plan.dtype, image_size=plan.image_size, allow_pickle=plan.allow_pickle
         )
@@ -92,6 +92,8 @@ class Worker:
             if picture.failure is not None or picture.image is None:
                 drawn.errors[item.index] = _reason(picture.failure)
                 continue
+            if not self.run_folder.is_dir():
+                raise RuntimeError("this run is over: its driver was killed and another run has the folder now")
             name = self.plan.picture(item)
             save_png(picture.image, self.plan.out / name, self.plan.facts(item))
             record = {
