@@ -7,10 +7,12 @@ step runs eagerly.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 Step = Callable[[], object]
 MAX_GRAPHS = 8  # one per width, and few widths are worth a graph
+ONE_AT_A_TIME = threading.Lock()  # for what runs on the stream that captures
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,17 @@ class CaptureReport:
     graphs: int
     seconds: float
     bytes: int
+
+
+@cache
+def stream_for(work: str, device: torch.device) -> torch.cuda.Stream:
+    """The stream of one kind of work, the same for the whole process.
+
+    PyTorch hands out streams from a pool of 32 in turn, and its libraries keep a workspace for each that they have
+    seen. With a stream per graph or session, pictures would sooner or later be drawn on the stream of a capture, and
+    write into the workspace that a graph beside them uses.
+    """
+    return torch.cuda.Stream(device)
 
 
 class StepGraphs:
@@ -70,18 +84,22 @@ class StepGraphs:
         return CaptureReport(self._count, self._seconds, self._bytes)
 
     def _warm_up(self, step: Step) -> None:
-        """Run on a stream of its own, as capture will: libraries keep workspaces per stream."""
-        current, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        """Run on the stream that captures: libraries keep workspaces per stream."""
+        current, side = torch.cuda.current_stream(self.device), stream_for("steps", self.device)
         side.wait_stream(current)
-        with torch.cuda.stream(side):
+        with ONE_AT_A_TIME, torch.cuda.stream(side):
             step()
         current.wait_stream(side)
 
     def _capture(self, step: Step) -> Step:
-        started, before = time.perf_counter(), torch.cuda.memory_reserved(self.device)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self._pool):
+        started = time.perf_counter()
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
+        graph, stream = torch.cuda.CUDAGraph(), stream_for("steps", self.device)
+        # What other threads do to the device meanwhile is none of this capture's business.
+        capture = torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local")
+        with ONE_AT_A_TIME, torch.cuda.device(self.device), capture:
+            before = torch.cuda.memory_reserved(self.device)  # entering has given cached memory back
             step()
         self._count += 1
         self._seconds += time.perf_counter() - started

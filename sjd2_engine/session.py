@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import ConfigError, NumericalError, PromptError
-from .graphs import Lagged
+from .graphs import Lagged, stream_for
 from .results import Picture
 from .slots import ACCEPTED, DONE, LENGTH, Inputs, Slots, check_room, prompt_inputs
 from .tuning import WindowTuner
@@ -57,7 +57,7 @@ class _Pixels:
     def __init__(self, slots: Slots) -> None:
         self.model = slots.model
         device = slots.window.device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = stream_for("pixels", device) if device.type == "cuda" else None
 
     def start(self, tokens: Tensor) -> Lagged:
         """Begin with a copy of a slot's image tokens i64 [n]; pops as uint8 [H, W, 3]."""

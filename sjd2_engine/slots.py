@@ -85,6 +85,8 @@ class Slots:
         self.window.stop(range(count))
         # The unconditional prompt's last entry, where it is not that of the prompt itself.
         self._other_start: Tensor | None = None
+        # On the device from the beginning: to copy it there with every picture would stop the loop.
+        self._image_positions = torch.tensor(model.layout.image_positions, device=embedding.device)
         self.graphs = StepGraphs(embedding.device)
         self._reports: dict[int, Tensor] = {}
 
@@ -174,4 +176,4 @@ class Slots:
     @torch.inference_mode()
     def image_tokens(self, slot: int) -> Tensor:
         """Image tokens i64 [n] of a slot, 0 where nothing is accepted yet; a copy."""
-        return self.model.layout.image_tokens(self.window.tokens[slot : slot + 1])[0].clamp(min=0)
+        return self.window.tokens[slot].index_select(0, self._image_positions).clamp(min=0)
