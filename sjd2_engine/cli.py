@@ -17,6 +17,8 @@ from .commands.config import config
 from .commands.evaluate import evaluate
 from .commands.options import (
     AllowPickle,
+    Attention,
+    Compile,
     Coupling,
     Decoder,
     Device,
@@ -29,6 +31,7 @@ from .commands.options import (
     Negative,
     Out,
     PromptFile,
+    Quantize,
     Seed,
     Temperature,
     TopK,
@@ -114,6 +117,9 @@ def generate(
     dtype: Dtype = "auto",
     image_size: ImageSize = None,
     allow_pickle: AllowPickle = False,
+    attention: Attention = "auto",
+    compile: Compile = False,
+    quantize: Quantize = None,
 ) -> None:
     """Draw one picture per prompt. Finished pictures of an interrupted run are not drawn again."""
     from .evaluation.prompts import read_prompts
@@ -130,7 +136,7 @@ def generate(
         max_batch=max_batch,
     )  # fmt: skip
     try:
-        engine = load_engine(model, device, dtype, image_size, allow_pickle)
+        engine = load_engine(model, device, dtype, image_size, allow_pickle, attention, compile, quantize)
         for line in draw(engine, texts, out, decoder, seed, options):
             typer.echo(line)
     except KeyboardInterrupt:

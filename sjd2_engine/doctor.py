@@ -10,13 +10,16 @@ from typing import Any
 import torch
 
 from sjd2_kernels import dispatch, ops
+from sjd2_kernels.build import find_compiler
 
+from .attention import Workload, survey
 from .config import DECODERS, DecodeConfig
 from .engine import DTYPES
-from .errors import ConfigError
+from .errors import BackendError, ConfigError
 from .evaluation import machine
 from .memory import decode_memory, parameters
 from .models import LoadOptions, bundled_models, describe_model
+from .quantize import KINDS, check_quantize
 
 
 def devices() -> list[dict[str, Any]]:
@@ -60,14 +63,34 @@ def examine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "devices": devices(),
         "models": models(),
-        "attention": {
-            "backend": "window_attention" if "cuda" in used else "sdpa",
-            "why": "the fused ops serve CUDA"
-            if "cuda" in used
-            else "PyTorch's scaled_dot_product_attention on the CPU",
-        },
+        "attention": [row for device in used for row in _attention(torch.device(device))],
+        "options": [row for device in used for row in _options(torch.device(device))],
         "ops": rows,
     }
+
+
+def _attention(device: torch.device) -> list[dict[str, Any]]:
+    """Every attention backend for heads of 128 dimensions in the device's usual dtype."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    workload = Workload(device, dtype, heads=32, kv_heads=8, head_dim=128, capability=capability)
+    return [{"device": device.type, **row} for row in survey(workload)]
+
+
+def _options(device: torch.device) -> list[dict[str, Any]]:
+    """What else an engine can be loaded with, and whether it works here."""
+    triton, compiler = machine.version_of("triton"), find_compiler()
+    if device.type == "cuda":
+        found = [("compile", triton is not None, f"triton: {triton or 'not installed'}")]
+    else:
+        found = [("compile", compiler is not None, f"C++ compiler: {' '.join(compiler or ['none found'])}")]
+    for kind in KINDS:
+        try:
+            check_quantize(kind, device)
+            found.append((f"quantize={kind}", True, f"torchao {machine.version_of('torchao')}"))
+        except BackendError as error:
+            found.append((f"quantize={kind}", False, str(error)))
+    return [{"device": device.type, "option": name, "available": able, "why": why} for name, able, why in found]
 
 
 def examine_model(name: str, options: LoadOptions, dtype: str = "auto", batch: int = 1) -> dict[str, Any]:
@@ -141,9 +164,20 @@ def show(facts: dict[str, Any]) -> None:
         about.add_row("bundled model", f"{model['name']} ({model['mib']} MiB)")
     if not facts["models"]:
         about.add_row("bundled model", "none found in the package")
-    about.add_row("attention", f"{facts['attention']['backend']} ({facts['attention']['why']})")
     console.print(about)
+    table = Table("attention", "device", "available", "why", 'taken by "auto"', title="Attention", title_justify="left")
+    for row in facts["attention"]:
+        table.add_row(row["backend"], row["device"], _yes(row["available"]), row["why"], row["auto"])
+    console.print(table)
+    table = Table("option", "device", "available", "why", title="Options", title_justify="left")
+    for row in facts["options"]:
+        table.add_row(row["option"], row["device"], _yes(row["available"]), row["why"])
+    console.print(table)
     table = Table("op", "device", "backend", "why", title="Ops", title_justify="left")
     for row in facts["ops"]:
         table.add_row(row["op"], row["device"], row["backend"], row["why"])
     console.print(table)
+
+
+def _yes(available: bool) -> str:
+    return "yes" if available else "no"

@@ -46,7 +46,7 @@ class Engine:
     def __init__(
         self, model: ImageModel, attention: str = "auto", compile: bool = False, quantize: str | None = None
     ) -> None:
-        self.model, self.attention, self.quantize = model, attention, quantize
+        self.model, self.attention, self.compiled, self.quantize = model, attention, compile, quantize
         self._idle: dict[Any, Slots] = {}
         self._tuners: dict[Any, WindowTuner] = {}
         if quantize is not None:
@@ -104,6 +104,12 @@ class Engine:
     @property
     def dtype(self) -> torch.dtype:
         return self.model.transformer.embedding.dtype
+
+    @property
+    def loaded_with(self) -> list[str]:
+        """The options of `from_pretrained` that change timings and are not "auto" or off, to be named beside them."""
+        attention = [] if self.attention == "auto" else [f"attention={self.attention}"]
+        return attention + ["compile"] * self.compiled
 
     @property
     def is_tuned(self) -> bool:

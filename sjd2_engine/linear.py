@@ -25,9 +25,10 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether this PyTorch has oneDNN and the weight is float32 on the CPU."""
+    """Whether this PyTorch has oneDNN and the weight is a plain one, no quantised, of float32 on the CPU."""
     available = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    return bool(available) and weight.device.type == "cpu" and weight.dtype == torch.float32
+    plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype == torch.float32
+    return bool(available) and weight.device.type == "cpu" and plain
 
 
 def pack_linears(model: nn.Module) -> None:

@@ -315,12 +315,17 @@ def test_choice_on_cuda(no_flash: pytest.MonkeyPatch) -> None:
     with ops_on("reference"):
         assert auto(AMPERE) == "flash"
     assert choose("sdpa", HOPPER) == (BACKENDS["sdpa"], "asked for")
+    taken = {row["backend"]: row["auto"] for row in survey(HOPPER)}
+    assert taken["flash"].startswith("without timestep keys: ") and taken["triton"].startswith("with timestep keys")
+    assert not taken["sdpa"] and not taken["cpu"]
 
 
 def test_choice_on_the_cpu() -> None:
     assert choose("auto", CPU)[0].name == "cpu"
     assert [row["backend"] for row in survey(CPU) if row["available"]] == ["sdpa", "cpu"]
-    assert [row["backend"] for row in survey(CPU) if row["chosen"]] == ["cpu"]
+    assert [(row["backend"], row["auto"]) for row in survey(CPU) if row["auto"]] == [
+        ("cpu", "always: the fastest on a CPU")
+    ]
     assert all(row["why"] for row in survey(CPU))
 
 

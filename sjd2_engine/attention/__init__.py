@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..errors import BackendError, ConfigError
@@ -57,13 +58,17 @@ def _preference(workload: Workload) -> list[tuple[str, str]]:
 
 
 def survey(workload: Workload) -> list[dict[str, Any]]:
-    """Every backend: name, whether it is available for such calls, why, and whether "auto" takes it."""
-    chosen, reason = choose("auto", workload)
+    """Every backend: name, whether it is available for such calls, why, and for which of them "auto" takes it, why."""
+    plain, timed = (choose("auto", replace(workload, timesteps=timed)) for timed in (False, True))
     rows = []
     for name, backend in BACKENDS.items():
         able, why = backend.available(workload)
-        taken = backend is chosen
-        rows.append({"backend": name, "available": able, "why": why, "chosen": taken, "because": reason * taken})
+        if plain[0] is timed[0] is backend:
+            auto = f"always: {plain[1]}"
+        else:
+            kinds = (("without timestep keys", plain), ("with timestep keys, as in sjd2", timed))
+            auto = "; ".join(f"{kind}: {reason}" for kind, (chosen, reason) in kinds if chosen is backend)
+        rows.append({"backend": name, "available": able, "why": why, "auto": auto})
     return rows
 
 

@@ -30,6 +30,9 @@ def bench(
     dtype: o.Dtype = "auto",
     image_size: o.ImageSize = None,
     allow_pickle: o.AllowPickle = False,
+    attention: o.Attention = "auto",
+    compile: o.Compile = False,
+    quantize: o.Quantize = None,
 ) -> None:
     """Compare decoders on the same prompts and seeds: forward passes, seconds, memory, pictures."""
     from ..evaluation.specs import parse_specs
@@ -45,7 +48,7 @@ def bench(
     from ..evaluation.prompts import Case, read_prompts, scene_cases
 
     names = {"base": model, "sjd2": tuned or f"{model}-sjd2"}
-    places = (device, dtype, image_size, allow_pickle)
+    places = (device, dtype, image_size, allow_pickle, attention, compile, quantize)
     engines = {w: load_engine(names[w], *places) for w in dict.fromkeys(spec.weights for spec in specs)}
     cases = [Case(text) for text in read_prompts(prompt_file)] if prompt_file else scene_cases(prompts, seed)
     plan = comparison.Plan(cases[:prompts], seed, batch, warmup, repeats)

@@ -8,12 +8,20 @@ from typing import Any
 from .options import pixels
 
 
-def load_engine(model: str, device: str, dtype: str, image_size: str | None = None, allow_pickle: bool = False):
+def load_engine(
+    model: str,
+    device: str,
+    dtype: str,
+    image_size: str | None = None,
+    allow_pickle: bool = False,
+    attention: str = "auto",
+    compile: bool = False,
+    quantize: str | None = None,
+):
     """The engine that these options ask for."""
     from ..engine import Engine
 
-    size = pixels(image_size)
-    return Engine.from_pretrained(model, device=device, dtype=dtype, image_size=size, allow_pickle=allow_pickle)
+    return Engine.from_pretrained(model, device, dtype, attention, pixels(image_size), allow_pickle, compile, quantize)
 
 
 def progress(label: str, unit: str) -> Callable[[Any], Any]:

@@ -47,6 +47,7 @@ def evaluate(
     dtype: o.Dtype = "auto",
     image_size: o.ImageSize = None,
     allow_pickle: o.AllowPickle = False,
+    quantize: o.Quantize = None,
 ) -> None:
     """Draw pictures and score them: SceneEval, FID, CLIP score, GenEval. Goes on where a killed run stopped."""
     from ..files import check_writable
@@ -62,7 +63,7 @@ def evaluate(
         top_p=top_p, verification=verification, coupling=coupling,
     )  # fmt: skip
     cases = read_cases(prompt_file)[:prompts] if prompt_file else scene_cases(prompts or HELDOUT, seed)
-    engine = load_engine(model, device, dtype, image_size, allow_pickle)
+    engine = load_engine(model, device, dtype, image_size, allow_pickle, quantize=quantize)
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     scorers = make_metrics(names, engine.device, clip, inception, reference)
     job = scoring.Job(engine, cases, out, seed, samples)

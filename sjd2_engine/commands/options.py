@@ -44,6 +44,9 @@ ImageSize = Annotated[
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read tensors, and nothing else, from pickled checkpoints too.")
 ]
+Attention = Annotated[str, typer.Option(help="auto, triton, flash, sdpa or cpu (sjd2 doctor: which are there).")]
+Compile = Annotated[bool, typer.Option("--compile", help="Run the decoder's blocks through torch.compile.")]
+Quantize = Annotated[str | None, typer.Option(help="Weights of the blocks in 8 bits: int8 or fp8 (torchao).")]
 PromptFile = Annotated[Path | None, typer.Option(help="Text file with one prompt per line.")]
 
 

@@ -144,7 +144,7 @@ def summarise(plan: Plan, rows: Sequence[Contender]) -> BenchResult:
     return BenchResult(
         model=rows[0].engine.model_name,
         device=machine.device_name(device),
-        dtype=str(rows[0].engine.dtype).removeprefix("torch."),
+        dtype=", ".join([str(rows[0].engine.dtype).removeprefix("torch."), *rows[0].engine.loaded_with]),
         commit=machine.commit(),
         versions=machine.versions(),
         prompts=len(plan.cases),
