@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("decoders", "embedding", "engine", "scenes")))
+DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("decoders", "embedding", "engine", "finetuning", "scenes")))
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
