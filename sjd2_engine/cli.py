@@ -15,6 +15,7 @@ from .commands.bench import bench
 from .commands.common import load_engine
 from .commands.config import config
 from .commands.evaluate import evaluate
+from .commands.finetune import finetune
 from .commands.options import (
     AllowPickle,
     Attention,
@@ -43,7 +44,7 @@ from .commands.options import (
     pixels,
 )
 from .commands.prepare import prepare
-from .errors import ConfigError, PromptError, Sjd2Error
+from .errors import PromptError, Sjd2Error
 
 # Newer releases of typer carry click inside, older ones import it: ask typer for the class.
 UsageError: Any = typer.BadParameter.__bases__[0]
@@ -145,45 +146,6 @@ def generate(
 
 
 @app.command()
-def finetune(
-    model: Model = "scenes",
-    out: Out = Path("out/scenes-sjd2"),
-    data: Annotated[Path, typer.Option(help="Folder of encoded pictures; drawn and encoded if empty.")] = Path(
-        "out/data"
-    ),
-    minutes: Annotated[float, typer.Option(help="Wall-clock time of the training itself.")] = 26.0,
-    levels: Annotated[str, typer.Option(help="Counts of noise levels to train, the main one first.")] = "3,2",
-    t_min: Annotated[float, typer.Option(help="Smallest noise level, in (0, 1).")] = 0.75,
-    batch: Annotated[int, typer.Option(help="Pictures per step.")] = 32,
-    rate: Annotated[float, typer.Option(help="Largest learning rate.")] = 1e-3,
-    pictures: Annotated[int, typer.Option(help="Pictures to draw where there are none.")] = 120_000,
-) -> None:
-    """Teach a model of the scenes family to read noisy inputs, as sjd2 needs; goes on where a killed run stopped."""
-    from .files import check_writable
-    from .schedule import noise_times
-
-    at_least_one(batch=batch, pictures=pictures)
-    if minutes <= 0 or rate <= 0:
-        raise ConfigError(f"--minutes is {minutes} and --rate is {rate}; expected numbers above 0")
-    counts = [int(part) if part.strip().isdigit() else 0 for part in levels.split(",")]
-    for count in counts:
-        noise_times(count, t_min)
-    check_writable(out)
-    check_writable(data)
-    import torch
-
-    from .models import load_model
-    from .models.scenes import ScenesModel
-    from .training.noise import finetune as train
-
-    loaded = load_model(model, torch.device("cpu"), torch.float32)
-    if not isinstance(loaded, ScenesModel):
-        raise ConfigError(f"--model {model} is of the family {loaded.family}; only scenes can be fine-tuned so far")
-    train(loaded, data, out, minutes, counts, t_min, batch=batch, rate=rate, pictures=pictures)
-    typer.echo(f"{out}  tuned for sjd2 with {counts[0]} levels; try: sjd2 bench --tuned {out}")
-
-
-@app.command()
 def doctor(
     model: Annotated[str | None, typer.Argument(help="A model to examine instead, without loading it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
@@ -213,6 +175,7 @@ app.command()(bench)
 app.command()(batch)
 app.command()(prepare)
 app.command()(evaluate)
+app.command()(finetune)
 app.command()(config)
 
 

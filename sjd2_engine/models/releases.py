@@ -31,6 +31,9 @@ class Renamed(Checkpoint):
     def shape(self, name: str) -> tuple[int, ...]:
         return super().shape(self._stored.get(name, name))
 
+    def stored_name(self, name: str) -> str:
+        return self._stored.get(name, name)
+
     def read(self, name: str) -> Tensor:
         return super().read(self._stored.get(name, name))
 

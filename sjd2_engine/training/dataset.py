@@ -1,4 +1,7 @@
-"""Encodes drawn pictures once: `python -m sjd2_engine.training.dataset --vq runs/vq/vq.safetensors --out runs/data`."""
+"""Draws and encodes pictures of the bundled model's world, with captions, as prepared data (training/store.py).
+
+python -m sjd2_engine.training.dataset --vq runs/vq/vq.safetensors --out runs/data
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,17 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ..models.scenes import BEGIN, BEGIN_IMAGE, END_OF_LINE, FIRST_WORD, MAX_WORDS
-from ..models.scenes_vq import GRID, SceneVQ
-from ..models.weights import read_tensors
+from ..models.scenes import BEGIN, BEGIN_IMAGE, END_OF_LINE, FIRST_WORD, MAX_WORDS, ScenesModel
+from ..models.scenes_vq import CODES, GRID, SceneVQ
 from ..models.words import WordTokenizer
 from ..scenes.world import WORDS
-from .data import draw_chunks
+from ..transformer import Transformer
+from .prepare import Plan, draw
+from .store import Store
 
 ROW = GRID + 1  # tokens per row with its end-of-line token
 POSITIONS = GRID * ROW
@@ -35,29 +38,12 @@ def load_vq(path: Path) -> SceneVQ:
     return model.eval().requires_grad_(False)
 
 
-@torch.inference_mode()
-def encode_pictures(vq: SceneVQ, pictures: np.ndarray) -> Tensor:
-    """Codes uint8 [M, 256] of pictures uint8 [M, 128, 128, 3]."""
-    codes = []
-    for part in torch.from_numpy(pictures).split(100):
-        pixels = part.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            codes.append(vq.encode(pixels).to(torch.uint8))
-    return torch.cat(codes)
-
-
 def write(vq: SceneVQ, out: Path, pictures: int, seed: int) -> None:
-    """Draw and encode pictures into `out/tokens.safetensors`."""
-    vq.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing from torch's stubs)
-    codes, prompts = [], []
-    for drawn, captions in draw_chunks(pictures, seed, "drawing and encoding"):
-        codes.append(encode_pictures(vq, drawn))
-        prompts += [prompt_ids(text) for text in captions]
-    longest = max(map(len, prompts))
-    padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts], dtype=torch.int16)
-    lengths = torch.tensor([len(ids) for ids in prompts], dtype=torch.int16)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file({"codes": torch.cat(codes), "prompts": padded, "lengths": lengths}, out / "tokens.safetensors")
+    """Draw and encode pictures into `out`; goes on where an interrupted run stopped."""
+    from .base import SCENES
+
+    core = Transformer.outline(SCENES, FIRST_WORD + len(WORDS), CODES)  # there is no decoder yet, and none is needed
+    draw(ScenesModel("scenes", core, vq, list(WORDS), None), out, pictures, Plan(), seed)
 
 
 @dataclass
@@ -72,15 +58,21 @@ class TokenData:
     """Encoded pictures in memory; a batch holds captions of one length, so that no padding is needed."""
 
     def __init__(self, folder: Path, validation: int = 512) -> None:
-        stored = read_tensors(folder / "tokens.safetensors")
-        self.codes, self.prompts, self.lengths = stored["codes"], stored["prompts"], stored["lengths"]
+        stored = Store(folder)
+        rows = [stored[i] for i in range(len(stored))]
+        prompts = [prompt_ids(caption) for _, caption in rows]
+        self.codes = torch.stack([tokens.to(torch.uint8) for tokens, _ in rows])
+        self.lengths = torch.tensor([len(ids) for ids in prompts])
+        self.prompts = torch.zeros(len(rows), int(self.lengths.max()), dtype=torch.int64)
+        for row, ids in zip(self.prompts, prompts):
+            row[: len(ids)] = torch.tensor(ids)
         self.size = len(self.codes) - validation
         self.by_length = [torch.nonzero(self.lengths[: self.size] == n)[:, 0] for n in self.lengths.unique()]
         self.share = torch.tensor([float(len(rows)) for rows in self.by_length])
 
     def rows(self, index: Tensor, captions: bool = True) -> Batch:
         length = int(self.lengths[index[0]])
-        prompt = self.prompts[index, :length].long()
+        prompt = self.prompts[index, :length]
         if not captions:
             prompt = torch.tensor(prompt_ids("")).expand(len(index), -1)
         lines = self.codes[index].long().view(-1, GRID, GRID)
