@@ -48,11 +48,11 @@ class StepGraphs:
 
     The eager run is a real step and the warm-up at once: it compiles kernels and allocates workspaces, and nothing has
     to be undone afterwards. Capturing records without running. All graphs share one memory pool; beyond `limit` of
-    them the one longest unused is dropped.
+    them the one longest unused is dropped. `work` names the stream that captures.
     """
 
-    def __init__(self, device: torch.device, limit: int = MAX_GRAPHS) -> None:
-        self.device, self.limit = device, limit
+    def __init__(self, device: torch.device, limit: int = MAX_GRAPHS, work: str = "steps") -> None:
+        self.device, self.limit, self.work = device, limit, work
         self._graphs: OrderedDict[Hashable, Step] = OrderedDict()
         self._warm: set[Hashable] = set()
         self._pool: Any = None
@@ -85,7 +85,7 @@ class StepGraphs:
 
     def _warm_up(self, step: Step) -> None:
         """Run on the stream that captures: libraries keep workspaces per stream."""
-        current, side = torch.cuda.current_stream(self.device), stream_for("steps", self.device)
+        current, side = torch.cuda.current_stream(self.device), stream_for(self.work, self.device)
         side.wait_stream(current)
         with ONE_AT_A_TIME, torch.cuda.stream(side):
             step()
@@ -95,7 +95,7 @@ class StepGraphs:
         started = time.perf_counter()
         if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
-        graph, stream = torch.cuda.CUDAGraph(), stream_for("steps", self.device)
+        graph, stream = torch.cuda.CUDAGraph(), stream_for(self.work, self.device)
         # What other threads do to the device meanwhile is none of this capture's business.
         capture = torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local")
         with ONE_AT_A_TIME, torch.cuda.device(self.device), capture:

@@ -8,12 +8,11 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from .errors import ConfigError, NumericalError, PromptError
-from .graphs import Lagged, stream_for
+from .graphs import Lagged
 from .results import Picture
 from .slots import ACCEPTED, DONE, LENGTH, Inputs, Slots, check_room, prompt_inputs
 from .tuning import WindowTuner
@@ -51,27 +50,6 @@ class Advance:
     finished: dict[Hashable, Picture] = field(default_factory=dict)
 
 
-class _Pixels:
-    """Pictures from image tokens: on CUDA beside the decoding loop, on a stream of its own."""
-
-    def __init__(self, slots: Slots) -> None:
-        self.model = slots.model
-        device = slots.window.device
-        self._stream = stream_for("pixels", device) if device.type == "cuda" else None
-
-    def start(self, tokens: Tensor) -> Lagged:
-        """Begin with a copy of a slot's image tokens i64 [n]; pops as uint8 [H, W, 3]."""
-        arriving = Lagged()
-        if self._stream is None:
-            arriving.push(self.model.decode_pixels(tokens[None])[0])
-            return arriving
-        self._stream.wait_stream(torch.cuda.current_stream(tokens.device))
-        with torch.cuda.stream(self._stream):
-            arriving.push(self.model.decode_pixels(tokens[None])[0])
-        tokens.record_stream(self._stream)
-        return arriving
-
-
 class Session:
     """Draws prompts as they come, `slots.count` at a time; not for several threads at once.
 
@@ -91,7 +69,6 @@ class Session:
         self._launched: deque[tuple[tuple[_Ticket | None, ...], int]] = deque()
         self._leaving: list[tuple[_Ticket, Lagged, Lagged]] = []
         self._previews: dict[int, tuple[_Ticket, Lagged]] = {}
-        self._pixels = _Pixels(slots)
         if slots.window.device.type == "cuda":
             self.lag = 1
         self._step, self._preview_seconds, self._began = 0, 0.0, time.perf_counter()
@@ -201,7 +178,7 @@ class Session:
                 tokens = self.slots.image_tokens(slot)
                 summary = Lagged()
                 summary.push(self.slots.summary(slot))
-                self._leaving.append((ticket, summary, self._pixels.start(tokens)))
+                self._leaving.append((ticket, summary, self.slots.pixels.start(tokens)))
                 self._slots[slot] = None
                 self._previews.pop(slot, None)
         return progress
@@ -225,7 +202,7 @@ class Session:
             return None
         started = time.perf_counter()
         if show:
-            self._previews[slot] = (ticket, self._pixels.start(self.slots.image_tokens(slot)))
+            self._previews[slot] = (ticket, self.slots.pixels.start(self.slots.image_tokens(slot)))
         owner, arriving = self._previews.get(slot, (None, Lagged()))
         if owner is not ticket or not arriving.ready:
             return None

@@ -13,6 +13,7 @@ from .config import DecodeConfig
 from .errors import ConfigError, PromptError
 from .graphs import StepGraphs
 from .models import ImageModel
+from .pixels import Pixels
 from .schedule import embedding_statistics, noise_times, timestep_encodings
 from .window import JacobiWindow
 
@@ -88,6 +89,7 @@ class Slots:
         # On the device from the beginning: to copy it there with every picture would stop the loop.
         self._image_positions = torch.tensor(model.layout.image_positions, device=embedding.device)
         self.graphs = StepGraphs(embedding.device)
+        self.pixels = Pixels(model)
         self._reports: dict[int, Tensor] = {}
 
     def _make_cache(self, rows: int, capacity: int, levels: int, offsets: Sequence[int] | None) -> StaticCache:

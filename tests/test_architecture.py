@@ -16,7 +16,7 @@ FLOORS = {
     1: {"config", "schedule", "layout", "errors", "files"},
     2: {"transformer", "fused", "attention", "cache", "linear", "quantize", "models"},
     3: {"window", "decoders", "drafts", "given", "graphs", "tuning"},
-    4: {"engine", "session", "slots", "memory", "results"},
+    4: {"engine", "pixels", "session", "slots", "memory", "results"},
     5: {"cli", "commands", "distributed", "serve", "generation", "doctor", "hf"},
 }
 BESIDE = {"training", "evaluation", "scenes"}  # use floors 1 to 4 and each other, are used only by the faces
