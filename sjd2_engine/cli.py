@@ -44,6 +44,7 @@ from .commands.options import (
     pixels,
 )
 from .commands.prepare import prepare
+from .commands.serve import serve
 from .errors import PromptError, Sjd2Error
 
 # Newer releases of typer carry click inside, older ones import it: ask typer for the class.
@@ -177,6 +178,7 @@ app.command()(prepare)
 app.command()(evaluate)
 app.command()(finetune)
 app.command()(config)
+app.command()(serve)
 
 
 def main() -> None:

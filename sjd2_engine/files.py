@@ -78,16 +78,22 @@ def picture_facts(prompt: str, seed: int, model: str, config: DecodeConfig) -> d
     }
 
 
-def save_png(image: Image.Image, path: Path, facts: Mapping[str, str]) -> Path:
-    """Save a picture with `facts` in its text chunks, making its folder if need be."""
+def png_bytes(image: Image.Image, facts: Mapping[str, str]) -> bytes:
+    """A picture as PNG with `facts` in its text chunks."""
     chunks = PngImagePlugin.PngInfo()
     for key, text in facts.items():
         # Plain chunks are Latin-1; other scripts need the international kind.
         (chunks.add_text if text.isascii() else chunks.add_itxt)(key, text)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
+def save_png(image: Image.Image, path: Path, facts: Mapping[str, str]) -> Path:
+    """Save a picture with `facts` in its text chunks, making its folder if need be."""
+    data = png_bytes(image, facts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return replace_file(path, buffer.getvalue())
+    return replace_file(path, data)
 
 
 def png_facts(path: str | Path) -> dict[str, str]:
