@@ -1,93 +1,101 @@
-"""A few steps of noise training on every family's tiny checkpoint, then sjd2 on the weights that it left."""
+"""Noise training of every family's tiny checkpoint, the checkpoint that it leaves, and sjd2 on it."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
-import tiny_chameleon
-import tiny_emu3
-import tiny_janus
-import tiny_llamagen
+pytest.importorskip("accelerate")
+import finetuning
 
 from sjd2_engine import Engine
-from sjd2_engine.models import ImageModel, load_model
-from sjd2_engine.models.family import LoadOptions, NoiseTraining
-from sjd2_engine.schedule import CLEAN, embedding_statistics, noise_times, timestep_encodings
-from sjd2_engine.training.noise import attention_mask
+from sjd2_engine.models.weights import Checkpoint, Origin
+from sjd2_engine.training.export import writable
 
-CPU = torch.device("cpu")
-LEVELS, T_MIN, STEPS, PICTURES = 3, 0.5, 12, 4
-TEXTS = {"chameleon": "a red fox", "emu3": "a red fox", "janus": "a red fox", "llamagen": "3"}
+KINDS = (
+    "chameleon", "lumina", "emu3", "emu3-released", "janus", "janus-released", "llamagen-c2i", "llamagen-t2i",
+)  # fmt: skip
 
 
-def write(kind: str, folder: Path) -> Path:
-    if kind == "chameleon":
-        return tiny_chameleon.write_hf(folder, tiny_chameleon.hf_model(), decoder_inside=True)
-    if kind == "emu3":
-        return tiny_emu3.write_hf(folder, tiny_emu3.hf_model(hf_names=True), old_names=False)
-    if kind == "janus":
-        return tiny_janus.write_hf(folder, tiny_janus.hf_model(pro=True, kv_heads=2))
-    return tiny_llamagen.write(folder, "c2i")
-
-
-def train(model: ImageModel, text: str) -> list[float]:
-    """Next-clean-token prediction on random pictures (arXiv 2510.08994): the loss of every step."""
-    core = model.transformer.train().requires_grad_(True)
-    generator = torch.Generator().manual_seed(0)
-    layout, times = model.layout, noise_times(LEVELS, T_MIN)
-    free = torch.randint(core.image_vocabulary, (PICTURES, layout.image_count), generator=generator)
-    tokens = layout.all_tokens(free)
-    forced = torch.tensor(layout.forced[:-1]) >= 0
-    # One staircase per picture, each beginning elsewhere.
-    place = torch.arange(tokens.shape[1] - 1) - torch.arange(PICTURES)[:, None]
-    levels = (place // 2).masked_fill((place < 0) | (place >= 2 * LEVELS) | forced, CLEAN)
-    optimiser = torch.optim.AdamW(core.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(STEPS):
-        mean, std = embedding_statistics(core.embedding.detach(), core.image_vocabulary)
-        clean = core.embedding[tokens[:, :-1]]
-        t = times[levels.clamp(min=0)].masked_fill(levels == CLEAN, 0.0).unsqueeze(-1)
-        noisy = clean + t * (std * torch.randn(clean.shape, generator=generator) + mean - clean)
-        prompt = model.prompt_embeds(text).detach()
-        first = model.position_offset(len(prompt))
-        steps = timestep_encodings(times, mean, std)
-        embeds = torch.cat([*(part.expand(PICTURES, -1, -1) for part in (steps, prompt)), noisy], 1)
-        tail = torch.arange(embeds.shape[1] - LEVELS) + first
-        positions = torch.cat([torch.zeros(LEVELS, dtype=torch.int64), tail])
-        mask = attention_mask(levels, len(prompt), LEVELS)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor = mask) -> Tensor:
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
-
-        logits = core.head(core(embeds, positions, attend)[:, -tokens.shape[1] :])
-        target = tokens.masked_fill(torch.tensor(layout.forced) >= 0, -100)
-        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        losses.append(float(loss.detach()))
-    core.eval().requires_grad_(False)
-    return losses
-
-
-@pytest.mark.parametrize("kind", TEXTS)
-def test_sjd2_after_noise_training(kind: str, tmp_path: Path) -> None:
-    size = (24, 48) if kind == "emu3" else None
-    model = load_model(str(write(kind, tmp_path / kind)), CPU, torch.float32, LoadOptions(size))
-    losses = train(model, TEXTS[kind])
+@pytest.mark.parametrize("kind", KINDS)
+def test_trained_saved_loaded_and_decoded(kind: str, tmp_path: Path) -> None:
+    folder = finetuning.write_checkpoint(kind, tmp_path / "models" / "base" if "emu3" in kind else tmp_path / "base")
+    out = tmp_path / "tuned"
+    run = finetuning.make_run(kind, folder, out)
+    before = {name: weight.clone() for name, weight in run.model.transformer.named_parameters()}
+    run.train()
+    losses = [json.loads(line)["loss"] for line in (out / "run" / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
-    model.noise = NoiseTraining(LEVELS, T_MIN)
-    engine = Engine(model)
-    options = {"denoise_levels": LEVELS, "t_min": T_MIN, "window": 6, "seed": 5}
-    result = engine.generate(TEXTS[kind], decoder="sjd2", **options)
-    assert torch.equal(result.tokens, engine.generate(TEXTS[kind], decoder="ar", seed=5).tokens)
-    assert max(result.stats.forward_passes) < len(model.layout)
-    other = engine.generate(TEXTS[kind], decoder="sjd2", verification="ratio", **options)
-    assert other.images[0] is not None
+    run.write()
+    # What was trained is in the new checkpoint bit for bit, the rest as it was.
+    again = finetuning.load(kind, out)
+    trained = writable(Origin.of(again.transformer))
+    for name, weight in again.transformer.named_parameters():
+        live = run.model.transformer.get_parameter(name)
+        assert torch.equal(weight, live), name
+        assert torch.equal(before[name], live) == (name not in trained), name
+    batch = run.kept.validation(3, 0)
+    fresh = finetuning.make_run(kind, out, tmp_path / "other")
+    with torch.no_grad():
+        assert torch.equal(fresh.objective.eval()(batch).mean, run.objective.eval()(batch).mean)
+    load = finetuning.options_of(kind)
+    engine = Engine.from_pretrained(str(out), "cpu", image_size=load.image_size, allow_pickle=True)
+    text = finetuning.texts_of(kind)[0]
+    assert engine.is_tuned and engine.config_for("sjd2").denoise_levels == 3
+    result = engine.generate(text, decoder="sjd2", window=6, seed=5)
+    assert torch.equal(result.tokens, engine.generate(text, decoder="ar", seed=5).tokens)
+    assert max(result.stats.forward_passes) < len(engine.model.layout)
+
+
+@pytest.mark.parametrize("kind", ["chameleon", "janus-released", "llamagen-c2i"])
+def test_untouched_tensors_and_files_stay_as_they_were(kind: str, tmp_path: Path) -> None:
+    folder = finetuning.write_checkpoint(kind, tmp_path / "base")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "licence.txt").write_text("as before")
+    (folder / "sjd2.json").write_text('{"levels": 9, "t_min": 0.1}')
+    run = finetuning.make_run(kind, folder, tmp_path / "tuned", steps=1)
+    run.train()
+    run.write()
+    out = tmp_path / "tuned"
+    assert (out / "notes" / "licence.txt").read_text() == "as before"
+    assert json.loads((out / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    assert json.loads((out / "sjd2.json").read_text())["levels"] == 3
+    assert not list(out.glob("*.bin")) and not list(out.rglob("*.tmp"))
+    core = {
+        part.name for parts in run.origin.sources.values() for part in parts if hasattr(part, "rows")
+    }  # the stored tensors that the transformer is made of
+    old, new = Checkpoint(folder, allow_pickle=True), Checkpoint(out)
+    assert sorted(old.names()) == sorted(new.names())
+    stored = {run.origin.checkpoint.stored_name(name) for name in core}
+    changed = [name for name in old.names() if not torch.equal(old.read(name), new.read(name))]
+    assert changed and set(changed) <= stored
+    assert all(old.read(name).dtype == new.read(name).dtype for name in old.names())
+
+
+def test_tied_tables_are_left_as_they_are(tmp_path: Path) -> None:
+    folder = finetuning.write_checkpoint("chameleon", tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if tensors.pop("lm_head.weight", None) is not None:
+            from safetensors.torch import save_file
+
+            save_file(tensors, file)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"].pop("lm_head.weight", None)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    run = finetuning.make_run("chameleon", folder, tmp_path / "tuned", steps=1)
+    frozen = {name for name, weight in run.model.transformer.named_parameters() if not weight.requires_grad}
+    assert frozen == {"embedding", "head.weight"}
+    run.train()
+    run.write()
+    assert torch.equal(
+        finetuning.load("chameleon", tmp_path / "tuned").transformer.embedding,
+        finetuning.load("chameleon", folder).transformer.embedding,
+    )

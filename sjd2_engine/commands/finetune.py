@@ -28,6 +28,10 @@ Data = Annotated[
 ]
 Levels = Annotated[str | None, typer.Option(help="Counts of noise levels to train, that of decoding first: 25 or 3,2.")]
 TMin = Annotated[float | None, typer.Option(help="Smallest noise level, in (0, 1).")]
+Segment = Annotated[str | None, typer.Option(help="Least and most positions of one level: 1,8.")]
+CleanRun = Annotated[str | None, typer.Option(help="Least and most clean positions between staircases: 0,96.")]
+CleanShare = Annotated[float | None, typer.Option(help="Share of the pictures trained without any noise.")]
+Unconditional = Annotated[float | None, typer.Option(help="Share of the pictures trained without their caption.")]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
 Steps = Annotated[int | None, typer.Option(help="Optimiser steps, instead of epochs.")]
 Batch = Annotated[int | None, typer.Option(help="Pictures per step, over all processes.")]
@@ -62,6 +66,10 @@ def finetune(
     data: Data = None,
     levels: Levels = None,
     t_min: TMin = None,
+    segment: Segment = None,
+    clean_run: CleanRun = None,
+    clean_share: CleanShare = None,
+    unconditional: Unconditional = None,
     epochs: Epochs = None,
     steps: Steps = None,
     batch: Batch = None,
@@ -104,26 +112,34 @@ def finetune(
     options = Options.build(
         facts.family,
         **o.given(
-            levels=None if levels is None else _counts(levels), t_min=t_min, epochs=epochs, steps=steps, batch=batch,
-            micro_batch=micro_batch, rate=rate, optimiser=optimiser, schedule=schedule, warmup=warmup,
-            weight_decay=weight_decay, clip=clip, ema=ema, lora=lora, precision=precision, checkpointing=checkpointing,
-            compiled=compile, validation=validation, validate_every=validate_every, save_every=save_every,
-            log_every=log_every, seed=seed, shard=shard or None,
+            levels=_numbers("levels", levels), t_min=t_min, segment=_numbers("segment", segment, 2),
+            clean_run=_numbers("clean-run", clean_run, 2), clean_share=clean_share, unconditional=unconditional,
+            epochs=epochs, steps=steps, batch=batch, micro_batch=micro_batch, rate=rate, optimiser=optimiser,
+            schedule=schedule, warmup=warmup, weight_decay=weight_decay, clip=clip, ema=ema, lora=lora,
+            precision=precision, checkpointing=checkpointing, compiled=compile, validation=validation,
+            validate_every=validate_every, save_every=save_every, log_every=log_every, seed=seed, shard=shard or None,
         ),
     )  # fmt: skip
     if dry_run:
         _estimate(facts, options, data, devices, memory, gpu)
         return
     trackers = tuple(name.strip() for name in track.split(",") if name.strip())
-    written = _run(model, out, data, load, options, device, trackers)
+    try:
+        written = _run(model, out, data, load, options, device, trackers)
+    except KeyboardInterrupt:
+        typer.echo("sjd2: stopped; the same command goes on from the last checkpoint", err=True)
+        raise typer.Exit(130) from None
     if written:
         typer.echo(f"{out}  tuned for sjd2; try: sjd2 bench --model {model} --tuned {out}")
 
 
-def _counts(text: str) -> tuple[int, ...]:
+def _numbers(name: str, text: str | None, count: int | None = None) -> tuple[int, ...] | None:
+    """ "3,2" -> (3, 2)."""
+    if text is None:
+        return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
-        raise ConfigError(f"--levels is {text!r}; expected counts of noise levels, like 25 or 3,2")
+    if not all(part.isdigit() for part in parts) or count not in (None, len(parts)):
+        raise ConfigError(f"--{name} is {text!r}; expected {count or 'one or more'} whole numbers, like 3,2")
     return tuple(map(int, parts))
 
 
@@ -140,6 +156,10 @@ def _run(
 
     check_writable(out)
     accelerator = make_accelerator(options, out, device, track)
+    # What can be known without the weights, before they are loaded.
+    options.accumulation(accelerator.num_processes)
+    if data is not None:
+        Store(data)
     folder = find_model(name)
     # To be sharded it must not lie on a device as a whole; adapters go onto weights of half the size.
     place = torch.device("cpu") if options.shard else accelerator.device

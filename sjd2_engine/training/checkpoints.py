@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from ..errors import CheckpointError, ConfigError
@@ -73,7 +74,7 @@ class Checkpoints:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that one process is not a process group
                 dcp.save(_state(module, optimisers, average, step), checkpoint_id=partial)
-        except Exception as error:  # torch wraps what the file system says in errors of its own
+        except (Exception, CheckpointException) as error:  # torch's own is no Exception
             raise ConfigError(
                 f"the checkpoint of step {step} could not be written to '{self.folder}' ({_cause(error)}); make room "
                 f"and run the same command again: it goes on from {_name(self.latest())}"
@@ -96,7 +97,7 @@ class Checkpoints:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 dcp.load(state, checkpoint_id=path)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({_cause(error)}); delete it to begin anew, the data stays as it is"
             ) from error
@@ -117,6 +118,8 @@ def _state(
 
 def _cause(error: BaseException) -> str:
     inner = error
+    if isinstance(error, CheckpointException):
+        inner = next(iter(error.failures.values()))[0]  # of the first process that failed
     while inner.__cause__ or inner.__context__:
         inner = inner.__cause__ or inner.__context__ or inner
     return " ".join(str(inner).split())[:200] or type(inner).__name__

@@ -18,6 +18,7 @@ from ..models.scenes_vq import CODES, GRID, SceneVQ
 from ..models.words import WordTokenizer
 from ..scenes.world import WORDS
 from ..transformer import Transformer
+from .export import STORED
 from .prepare import Plan, draw
 from .store import Store
 
@@ -32,9 +33,9 @@ def prompt_ids(text: str) -> list[int]:
 
 
 def load_vq(path: Path) -> SceneVQ:
-    """The picture tokenizer with the weights of a file, ready for inference."""
+    """The picture tokenizer with the weights of a file, ready for inference, as a model folder will store them."""
     model = SceneVQ()
-    model.load_state_dict(load_file(path))
+    model.load_state_dict({name: tensor.to(STORED).float() for name, tensor in load_file(path).items()})
     return model.eval().requires_grad_(False)
 
 
