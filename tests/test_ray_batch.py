@@ -252,7 +252,7 @@ def address() -> Iterator[str]:
 def drawn(address: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Any]:
     """Prompts, folder and result of one undisturbed run through the command."""
     root = tmp_path_factory.mktemp("batch")
-    lines = [{"prompt": prompt, "id": f"p{i}"} for i, prompt in enumerate(PROMPTS)]
+    lines: list[Line] = [{"prompt": prompt, "id": f"p{i}"} for i, prompt in enumerate(PROMPTS)]
     lines[1] |= {"seed": 77}
     lines[2] |= {"negative_prompt": "a red ring"}
     (root / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -419,7 +419,7 @@ def test_workers_that_only_die_end_the_run(address: str, tmp_path: Path) -> None
             raise RuntimeError("no such driver")
 
     crew = Crew(plan_for(tmp_path), items_of(PROMPTS), 1, {"num_cpus": 1}, lambda count: None, Stillborn)
-    with pytest.raises(BackendError, match="no worker is left.*no such driver"):
+    with pytest.raises(BackendError, match=r"no worker is left.*no such driver"):
         crew.work()
     assert crew.members[0].deaths == FAILED_STARTS
 
