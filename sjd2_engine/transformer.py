@@ -148,7 +148,7 @@ class Transformer(nn.Module):
 
         Attention and the cache stay outside: they read lengths that change with every pass.
         """
-        outside = torch.compiler.disable(_call)
+        outside = cast(Callable[..., Tensor], torch.compiler.disable(_call))
         for block in self.blocks:
             cast(Block, block).outside = outside
             block.compile()

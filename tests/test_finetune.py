@@ -196,7 +196,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(changes: dict, tmp_path: Path) -> Non
     resumed.train()
     expected = weights_after(straight)
     assert all(torch.equal(weight, expected[name]) for name, weight in weights_after(resumed).items())
-    straight.write(), resumed.write()
+    straight.write()
+    resumed.write()
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
     base, tuned = (finetuning.load("llamagen-c2i", path).transformer for path in (folder, tmp_path / "a"))
     changed = {n for n, weight in tuned.named_parameters() if not torch.equal(weight, base.get_parameter(n))}

@@ -22,13 +22,16 @@ def dense(q: Tensor, k: Tensor, v: Tensor, levels: Tensor, steps: int) -> Tensor
     return torch.einsum("bhts,bshd->bthd", weights, v)
 
 
-def case(length: int, heads: int, kv_heads: int, width: int, steps: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+Given = tuple[Tensor, Tensor, Tensor]
+
+
+def case(length: int, heads: int, kv_heads: int, width: int, steps: int, dtype: torch.dtype) -> tuple[Given, Tensor]:
     generator = torch.Generator().manual_seed(length)
     shapes = [(2, steps + length, n, width) for n in (heads, kv_heads, kv_heads)]
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
     levels = torch.randint(CLEAN, steps, (2, length), generator=generator)
     levels[0, : length // 3] = CLEAN
-    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), levels
+    return (q.requires_grad_(), k.requires_grad_(), v.requires_grad_()), levels
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 1), (6, 3)])
@@ -36,7 +39,7 @@ def case(length: int, heads: int, kv_heads: int, width: int, steps: int, dtype: 
 def test_output_and_gradients_are_those_of_the_dense_mask(
     heads: int, kv_heads: int, length: int, width: int, steps: int
 ) -> None:
-    *given, levels = case(length, heads, kv_heads, width, steps, torch.float64)
+    given, levels = case(length, heads, kv_heads, width, steps, torch.float64)
     found, expected = (f(*given, levels, steps) for f in (timestep_attention, dense))
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
     weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -47,30 +50,30 @@ def test_output_and_gradients_are_those_of_the_dense_mask(
 
 
 def test_gradients_by_finite_differences() -> None:
-    *given, levels = case(5, 4, 2, 4, 3, torch.float64)
+    given, levels = case(5, 4, 2, 4, 3, torch.float64)
     assert torch.autograd.gradcheck(lambda *x: timestep_attention(*x, levels, 3), given)
 
 
 def test_bfloat16_is_as_close_as_the_dense_mask_in_bfloat16() -> None:
-    *given, levels = case(64, 4, 2, 32, 3, torch.bfloat16)
+    given, levels = case(64, 4, 2, 32, 3, torch.bfloat16)
     exact = dense(*(x.double() for x in given), levels, 3)
     error = (timestep_attention(*given, levels, 3).double() - exact).abs().max()
     assert error <= 2 * (dense(*given, levels, 3).double() - exact).abs().max()
 
 
 def test_clean_queries_see_no_timestep() -> None:
-    *given, levels = case(9, 2, 2, 8, 3, torch.float64)
+    given, levels = case(9, 2, 2, 8, 3, torch.float64)
     clean = torch.full_like(levels, CLEAN)
     out = timestep_attention(*given, clean, 3)
-    plain = [x[:, 3:].transpose(1, 2) for x in given]
-    expected = torch.nn.functional.scaled_dot_product_attention(*plain, is_causal=True).transpose(1, 2)
+    q, k, v = (x[:, 3:].transpose(1, 2) for x in given)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     torch.testing.assert_close(out[:, 3:], expected, atol=1e-12, rtol=1e-12)
     grads = torch.autograd.grad(out[:, 3:].sum(), given)
     assert all(not grad[:, :3].any() for grad in grads)
 
 
 def test_padding_on_the_right_changes_nothing() -> None:
-    *given, levels = case(12, 4, 2, 8, 3, torch.float64)
+    given, levels = case(12, 4, 2, 8, 3, torch.float64)
     other = [x.detach().clone() for x in given]
     for x in other:
         x[0, 3 + 8 :] = 1e3
@@ -97,7 +100,7 @@ def test_cuda_flash_kernels_take_these_arguments(dtype: torch.dtype, width: int)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [64, 100, 128])
 def test_on_a_gpu(dtype: torch.dtype, width: int) -> None:
-    *given, levels = case(300, 4, 2, width, 3, dtype)
+    given, levels = case(300, 4, 2, width, 3, dtype)
     exact = [x.detach().double().requires_grad_() for x in given]
     device = [x.detach().cuda().requires_grad_() for x in given]
     weights = torch.randn(given[0].shape, dtype=torch.float64)

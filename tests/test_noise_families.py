@@ -14,7 +14,7 @@ pytest.importorskip("accelerate")
 import finetuning
 
 from sjd2_engine import Engine
-from sjd2_engine.models.weights import Checkpoint, Origin
+from sjd2_engine.models.weights import Checkpoint, Origin, Rows
 from sjd2_engine.training.export import writable
 
 KINDS = (
@@ -66,9 +66,8 @@ def test_untouched_tensors_and_files_stay_as_they_were(kind: str, tmp_path: Path
     assert json.loads((out / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
     assert json.loads((out / "sjd2.json").read_text())["levels"] == 3
     assert not list(out.glob("*.bin")) and not list(out.rglob("*.tmp"))
-    core = {
-        part.name for parts in run.origin.sources.values() for part in parts if hasattr(part, "rows")
-    }  # the stored tensors that the transformer is made of
+    # The stored tensors that the transformer is made of.
+    core = {part.name for parts in run.origin.sources.values() for part in parts if isinstance(part, Rows)}
     old, new = Checkpoint(folder, allow_pickle=True), Checkpoint(out)
     assert sorted(old.names()) == sorted(new.names())
     stored = {run.origin.checkpoint.stored_name(name) for name in core}

@@ -32,7 +32,8 @@ from sjd2_engine.training.sources import open_source
 from sjd2_engine.training.store import Shard, Store, shard_paths
 
 COUNT = 20
-PICTURES, CAPTIONS = (part[:COUNT] for part in _draw((3, 0)))
+DRAWN = _draw((3, 0))
+PICTURES, CAPTIONS = DRAWN[0][:COUNT], DRAWN[1][:COUNT]
 NAMES = [f"{i:03d}.png" for i in range(COUNT)]
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from drawing import started
 
 from sjd2_engine import Engine
@@ -13,10 +14,12 @@ from sjd2_engine.cache import StaticCache
 from sjd2_engine.models import find_model
 from sjd2_engine.models.llama import llama_sources
 from sjd2_engine.models.weights import Rows
-from sjd2_engine.schedule import embedding_statistics, noise_times, timestep_encodings
+from sjd2_engine.schedule import CLEAN, embedding_statistics, noise_times, timestep_encodings
 from sjd2_engine.training.base import causal
-from sjd2_engine.training.dataset import Batch
-from sjd2_engine.training.noise import noisy_batch, noisy_logits, saw_tooth
+from sjd2_engine.training.batches import Batch
+from sjd2_engine.training.noise import saw_tooth
+from sjd2_engine.training.objective import Objective
+from sjd2_engine.training.options import NoiseRecipe
 from sjd2_engine.transformer import Transformer, TransformerConfig
 
 TINY = TransformerConfig(
@@ -180,20 +183,30 @@ def test_timestep_keys_in_the_cache_equal_timestep_tokens_in_the_sequence(tuned:
     model = tuned.model.transformer
     generator = torch.Generator().manual_seed(2)
     image = model_image(generator)
-    times = noise_times(4, 0.75)
-    levels = saw_tooth(4, 4, generator)[1:]
-    batch = Batch(torch.tensor(tuned.model.encode_prompt("a ring")).expand(3, -1), image)
+    recipe = NoiseRecipe(levels=(4,), t_min=0.75)
+    times = recipe.times()
+    levels = torch.stack([saw_tooth(len(tuned.model.layout) - 1, 4, recipe, generator) for _ in range(3)])
+    levels = levels.masked_fill(image[:, :-1] >= model.image_vocabulary, CLEAN)
+    seeds = torch.tensor([5, 6, 7])
     with torch.inference_mode():
-        noisy = noisy_batch(model, batch, levels, times, generator)
-        expected = noisy_logits(model, noisy.embeds, noisy.positions, noisy.mask)
+        expected = Objective(tuned.model, times).eval()(Batch(image, levels, seeds, ["a ring"] * 3, [False] * 3))
         cache = StaticCache(model.config, 3, 400, 4, CPU, torch.float32)
         mean, std = embedding_statistics(model.embedding, model.image_vocabulary)
         cache.write_timesteps(model, timestep_encodings(times, mean, std))
-        inner = levels[:, :-1].masked_fill(image[:, :-1] >= model.image_vocabulary, -1)
-        given = torch.cat([torch.full((3, batch.prompt.shape[1]), -1), inner], 1).int()
-        hidden = cache.forward(model, noisy.embeds[:, 4:], given)
-        ours = model.head(hidden[:, -272:])
-    assert (inner >= 0).any() and (ours - expected).abs().max() < 1e-4
+        places = torch.arange(levels.shape[1]).expand(3, -1)
+        clean = model.embedding[image[:, :-1]]
+        noisy = torch.ops.sjd2.perturb(clean, levels.int(), places, seeds, mean, std, times, 0, True)
+        prompt = tuned.model.prompt_embeds("a ring").expand(3, -1, -1)
+        given = torch.cat([torch.full(prompt.shape[:2], CLEAN), levels], 1).int()
+        hidden = cache.forward(model, torch.cat([prompt, noisy], 1), given)
+        logits = model.head(hidden[:, prompt.shape[1] - 1 :])
+    free = torch.tensor([local < 0 for local in tuned.model.layout.forced])
+    losses = F.cross_entropy(logits[:, free].transpose(1, 2), image[:, free], reduction="none")
+    of_level = F.pad(levels, (1, 0), value=CLEAN)[:, free] + 1
+    sums = torch.zeros(5).index_add_(0, of_level.flatten(), losses.flatten())
+    assert (of_level > 0).any()
+    torch.testing.assert_close(sums, expected.sums, atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(losses.mean(), expected.mean, atol=1e-5, rtol=1e-5)
 
 
 def test_the_clean_path_is_the_same_with_and_without_timestep_keys(tuned: Engine) -> None:

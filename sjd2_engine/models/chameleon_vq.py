@@ -6,7 +6,7 @@ Parameters have the names of the published checkpoints, so that files fit as the
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -201,4 +201,4 @@ class ChameleonEncoder(nn.Module):
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(config.get("num_embeddings", 8192), dim)})
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return nearest(self.quant_conv(self.encoder(pixels)), self.quantize["embedding"].weight)
+        return nearest(self.quant_conv(self.encoder(pixels)), cast(nn.Embedding, self.quantize["embedding"]).weight)

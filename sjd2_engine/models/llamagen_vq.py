@@ -6,7 +6,7 @@ Parameters have the names of the published checkpoints, so that files fit as the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -130,4 +130,6 @@ class LlamaGenEncoder(nn.Module):
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(config.get("codebook_size", 16384), dim)})
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return nearest_direction(self.quant_conv(self.encoder(pixels)), self.quantize["embedding"].weight)
+        return nearest_direction(
+            self.quant_conv(self.encoder(pixels)), cast(nn.Embedding, self.quantize["embedding"]).weight
+        )

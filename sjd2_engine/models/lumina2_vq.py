@@ -5,7 +5,7 @@ Parameters have the names of the published checkpoints, so that files fit as the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -136,4 +136,4 @@ class MoVQEncoder(nn.Module):
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(config.get("n_embed", 16384), dim)})
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return nearest(self.quant_conv(self.encoder(pixels)), self.quantize["embedding"].weight)
+        return nearest(self.quant_conv(self.encoder(pixels)), cast(nn.Embedding, self.quantize["embedding"]).weight)

@@ -42,8 +42,8 @@ class Batch:
     dropped: list[bool]
 
     def to(self, device: torch.device) -> Batch:
-        tensors = (x.to(device, non_blocking=True) for x in (self.tokens, self.levels, self.seeds))
-        return Batch(*tensors, self.captions, self.dropped)
+        tokens, levels, seeds = (x.to(device, non_blocking=True) for x in (self.tokens, self.levels, self.seeds))
+        return Batch(tokens, levels, seeds, self.captions, self.dropped)
 
 
 class Feed:

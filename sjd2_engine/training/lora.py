@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -35,6 +37,7 @@ def merged_weights(core: Transformer) -> dict[str, Tensor]:
     for name, module in core.named_modules():
         if isinstance(module, Linear):
             base = module.get_base_layer().weight.detach()  # pyright: ignore[reportAttributeAccessIssue]
-            merged = base.float() + module.get_delta_weight(NAME).detach().float()
+            added = cast(Tensor, module.get_delta_weight(NAME)).detach()  # pyright: ignore[reportCallIssue]
+            merged = base.float() + added.float()
             found[f"{name}.weight"] = merged.cpu()
     return found

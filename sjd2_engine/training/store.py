@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 import fcntl
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Sequence
@@ -166,7 +167,9 @@ class Shard:
 
     def sources(self) -> list[str]:
         """Names of the sources of all pictures."""
-        return [self._text("source", index) for index in range(len(self))]
+        tensors = self._read()
+        raw, ends = tensors["source_bytes"].numpy().tobytes(), tensors["source_offsets"].tolist()
+        return [raw[first:end].decode() for first, end in itertools.pairwise(ends)]
 
     def _text(self, name: str, index: int) -> str:
         tensors = self._read()
