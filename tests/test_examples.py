@@ -153,3 +153,19 @@ def test_the_cuda_packages_draw_the_same_picture(base: Engine, tmp_path: Path) -
     wanted = Engine.from_pretrained("scenes", device="cuda", dtype="float32").generate(PROMPT, decoder="jacobi", seed=5)
     agree = (base.model.layout.image_tokens(tokens) == wanted.tokens).float().mean()
     assert float(agree) > 0.9, "float32 products may round otherwise on a GPU, but only near-ties may flip"
+
+
+# -------------------------------------------------------------------- the notebook
+
+
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("PYTHONPATH", python_environment()["PYTHONPATH"])
+    notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    said = "".join(output.get("text", "") for output in outputs)
+    assert said.count("the tokens of ar") == 3 and "the same tokens, in 60 passes" in said
