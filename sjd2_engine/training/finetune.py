@@ -108,6 +108,8 @@ class Finetune:
         """Train up to the last step, or to step `stop_at`, with checkpoints and a log on the way."""
         options, accelerator = self.options, self.accelerator
         last = min(self.steps, stop_at or self.steps)
+        if self.step == 0:  # what the training is to be judged against
+            self._log({"step": 0, **self.validate()})
         meter = Meter(self.model, options, accelerator)
         bar = tqdm(
             total=self.steps, initial=self.step, unit="step", desc="finetune", disable=not accelerator.is_main_process,
@@ -208,6 +210,7 @@ class Finetune:
     def write(self) -> Path:
         """Validate, and leave the tuned model in `out`; returns it."""
         figures = self.validate()
+        self._log({"step": self.step, **figures})
         with self.average.in_place() if self.average else nullcontext():
             state = merged_weights(self.model.transformer) if self.options.lora else full_state(self.objective)
             table = state.get("embedding", self.model.transformer.embedding)
