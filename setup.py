@@ -57,7 +57,10 @@ setup(
     package_dir={"sjd2_kernels": "kernels/sjd2_kernels"},
     include_package_data=False,
     package_data={
-        "sjd2_engine": [f"weights/**/*.{ending}" for ending in ("safetensors", "json", "txt")],
+        "sjd2_engine": [
+            *(f"weights/**/*.{ending}" for ending in ("safetensors", "json", "txt")),
+            "evaluation/templates/*.j2",
+        ],
     },
     cmdclass={"build_py": BuildWithCore, "bdist_wheel": PlatformWheel},
     zip_safe=False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -60,6 +62,11 @@ def bench(
     if report:
         from ..evaluation.report import write_report
 
-        page = write_report(plan, rows, result, report, progress("report", "experiment"))
+        page = write_report(plan, rows, result, report, lambda label: progress(label, "round"), _command())
         typer.echo(f"The report is {page}")
     typer.echo(result.to_json())
+
+
+def _command() -> str:
+    """The command as typed, so that the page tells how to make it again."""
+    return shlex.join(["sjd2", *sys.argv[1:]])

@@ -52,6 +52,7 @@ class Contender:
     tokens: dict[int, Tensor] = field(default_factory=dict)
     images: dict[int, Image.Image] = field(default_factory=dict)
     verdicts: dict[int, Verdict] = field(default_factory=dict)
+    categories: dict[int, str] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -131,7 +132,7 @@ def _measure(row: Contender, plan: Plan, repeat: int, cases: tuple[int, ...], ou
             row.images[i] = image
         verdict = case.judge(image) if case.judge else None
         if verdict is not None:
-            row.verdicts[i] = verdict
+            row.verdicts[i], row.categories[i] = verdict, case.category
         seed = plan.seed + i
         facts = picture_facts(case.text, seed, row.engine.model_name, row.config)
         save_png(image, picture_path(out / "images" / row.key, i, case.text, seed), facts)

@@ -51,7 +51,7 @@ _STYLE: Any = {
 
 
 @contextmanager
-def _figure(path: str | Path, *args: Any, tight: bool = True, **kwargs: Any):
+def canvas(path: str | Path, *args: Any, tight: bool = True, **kwargs: Any):
     """A figure in our style; what the caller drew on it is saved as a PNG, and the figure closed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,21 +67,21 @@ def _figure(path: str | Path, *args: Any, tight: bool = True, **kwargs: Any):
             plt.close(figure)
 
 
-def _family(row: DecoderResult) -> str:
+def family(row: DecoderResult) -> str:
     return row.name.split(":")[0]
 
 
 def colours(rows: Sequence[DecoderResult]) -> list[str]:
     """One colour per row: the decoder's own hue, lighter for each further variant of it."""
-    others = [name for name in dict.fromkeys(map(_family, rows)) if name not in HUES]
+    others = [name for name in dict.fromkeys(map(family, rows)) if name not in HUES]
     hues = {**HUES, **{name: OTHER_HUES[i % len(OTHER_HUES)] for i, name in enumerate(others)}}
     seen: dict[str, int] = {}
     result = []
     for row in rows:
-        nth = seen.get(_family(row), 0)
-        seen[_family(row)] = nth + 1
-        keep = 1.0 if _family(row) == "ar" else (1 - TINT) ** nth
-        rgb = keep * np.array(to_rgb(hues[_family(row)])) + (1 - keep)
+        nth = seen.get(family(row), 0)
+        seen[family(row)] = nth + 1
+        keep = 1.0 if family(row) == "ar" else (1 - TINT) ** nth
+        rgb = keep * np.array(to_rgb(hues[family(row)])) + (1 - keep)
         result.append(to_hex(tuple(rgb.tolist())))
     return result
 
@@ -94,7 +94,7 @@ def row_label(row: DecoderResult, join: str = "\n") -> str:
     return join.join(filter(None, (name, ", ".join(window + weights))))
 
 
-def _heading(figure, title: str, subtitle: str, inches: float = 0.1) -> None:
+def heading(figure, title: str, subtitle: str, inches: float = 0.1) -> None:
     """Title and explaining lines, at a fixed distance in inches above the figure's axes."""
     height = figure.get_size_inches()[1]
     above = inches + 0.09 + 0.16 * (1 + subtitle.count("\n"))
@@ -102,7 +102,7 @@ def _heading(figure, title: str, subtitle: str, inches: float = 0.1) -> None:
     figure.text(0.0, 1 + inches / height, subtitle, fontsize=9, color=SOFT, ha="left", va="bottom")
 
 
-def _where(result: BenchResult) -> str:
+def where(result: BenchResult) -> str:
     return f"{result.model}, {result.prompts} prompts, {result.device}, {result.dtype}"
 
 
@@ -124,24 +124,24 @@ def forwards_and_latency(result: BenchResult, path: str | Path) -> None:
     rows = result.decoders
     hues = colours(rows)
     size = (9.2, 0.55 * len(rows) + 0.7)
-    with _figure(path, 1, 2, figsize=size, sharey=True, layout="constrained") as (figure, (left, right)):
+    with canvas(path, 1, 2, figsize=size, sharey=True, layout="constrained") as (figure, (left, right)):
         _bars(left, [row.forward_passes_mean for row in rows], hues, "{:.0f}")
         _bars(right, [row.latency_s_median for row in rows], hues, "{:.2f} s")
         left.set_yticks(range(len(rows)), [row_label(row) for row in rows])
         left.set_title("Forward passes per image")
         right.set_title("Seconds per decode (median)")
-        _heading(figure, "What one image costs", _where(result))
+        heading(figure, "What one image costs", where(result))
 
 
 def _without_ar(result: BenchResult) -> list[tuple[DecoderResult, str]]:
-    return [pair for pair in zip(result.decoders, colours(result.decoders)) if _family(pair[0]) != "ar"]
+    return [pair for pair in zip(result.decoders, colours(result.decoders)) if family(pair[0]) != "ar"]
 
 
 def speedup_and_compression(result: BenchResult, path: str | Path) -> None:
     """A dumbbell per decoder: how many fewer forwards (ring), and how much less time (dot), against AR."""
     pairs = _without_ar(result)
     size = (9.2, 0.5 * max(len(pairs), 1) + 1.0)
-    with _figure(path, figsize=size, layout="constrained") as (figure, axis):
+    with canvas(path, figsize=size, layout="constrained") as (figure, axis):
         for at, (row, hue) in enumerate(pairs):
             steps, time = row.step_compression, row.speedup_vs_ar
             axis.plot([steps, time], [at, at], color=hue, linewidth=3, alpha=0.35, solid_capstyle="round")
@@ -171,7 +171,7 @@ def speedup_and_compression(result: BenchResult, path: str | Path) -> None:
         axis.grid(axis="x", color=RULE, linewidth=0.8)
         axis.spines["left"].set_visible(False)
         key = "○ fewer forward passes (step compression)   ● less time (speed-up of the median decode)"
-        _heading(figure, "How much faster than AR on the same weights", f"{key}\n{_where(result)}")
+        heading(figure, "How much faster than AR on the same weights", f"{key}\n{where(result)}")
 
 
 def accepted_per_step(result: BenchResult, path: str | Path) -> None:
@@ -180,7 +180,7 @@ def accepted_per_step(result: BenchResult, path: str | Path) -> None:
     columns = min(3, max(len(pairs), 1))
     lines = -(-max(len(pairs), 1) // columns)
     shape = {"figsize": (3.1 * columns, 2.15 * lines + 0.2), "sharex": True, "sharey": True, "squeeze": False}
-    with _figure(path, lines, columns, layout="constrained", **shape) as (figure, grid):
+    with canvas(path, lines, columns, layout="constrained", **shape) as (figure, grid):
         for axis in grid.flat[len(pairs) :]:
             axis.set_visible(False)
         ends = [_histogram(axis, row, hue) for axis, (row, hue) in zip(grid.flat, pairs)]
@@ -190,7 +190,7 @@ def accepted_per_step(result: BenchResult, path: str | Path) -> None:
         grid[0, 0].set_xlim(0.4, max(ends, default=4) + 0.6)
         grid[0, 0].set_ylim(top=1.12 * grid[0, 0].get_ylim()[1])
         figure.supxlabel("tokens accepted in one step", fontsize=9.5, color=SOFT)
-        _heading(figure, "Tokens accepted per forward pass", _where(result), inches=0.12)
+        heading(figure, "Tokens accepted per forward pass", where(result), inches=0.12)
 
 
 def _histogram(axis, row: DecoderResult, hue: str, keep: float = 0.995) -> int:
@@ -231,7 +231,7 @@ def image_grid(
     gap, caption, top = 10, 300, 76
     width = caption + len(images) * (cell + gap)
     height = top + len(prompts) * (cell + gap)
-    with _figure(path, figsize=(width / DPI, height / DPI), tight=False) as (figure, axis):
+    with canvas(path, figsize=(width / DPI, height / DPI), tight=False) as (figure, axis):
         axis.remove()
         for line, prompt in enumerate(prompts):
             middle = 1 - (top + line * (cell + gap) + cell / 2) / height

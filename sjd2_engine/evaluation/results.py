@@ -75,7 +75,8 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f} %"
 
 
-def _memory(count: int) -> str:
+def memory_text(count: int) -> str:
+    """Bytes for people."""
     return f"{count / 2**20:,.0f} MiB" if count else "–"
 
 
@@ -105,7 +106,7 @@ def table_rows(result: BenchResult) -> list[tuple[str, ...]]:
             f"{row.step_compression:.2f}x",
             f"{row.latency_s_median:.3f} s",
             f"{row.speedup_vs_ar:.2f}x",
-            _memory(row.peak_memory_bytes),
+            memory_text(row.peak_memory_bytes),
             _percent(row.scene_eval.get("overall")),
         )
         for row in result.decoders

@@ -41,7 +41,7 @@ def make_metrics(
 
             made.append(Fid(device, inception, reference))
         elif name == "clip":
-            from .clip import ClipScore
+            from .clip_score import ClipScore
 
             made.append(ClipScore(device, clip))
         else:

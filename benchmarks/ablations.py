@@ -1,0 +1,235 @@
+"""What each choice in a decoder is worth, on the bundled model: the tables of docs/experiments.md.
+
+    PYTHONPATH=.:kernels python benchmarks/ablations.py [--only NAME …] [--results FILE] [--tables]
+
+Counts forward passes and right pictures, which do not depend on how busy the machine is. Every batch is appended to the
+results as soon as it is decoded; a run that is killed goes on where it was. --tables decodes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import sjd2_engine
+from sjd2_engine import Engine
+from sjd2_engine.evaluation.intervals import Interval, bootstrap, paired
+from sjd2_engine.evaluation.prompts import Case, scene_cases
+from sjd2_engine.evaluation.records import read_records
+from sjd2_engine.scenes.scene_eval import Score, Verdict, summarise
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "ablations.jsonl"
+MODELS = {"base": "scenes", "sjd2": "scenes-sjd2"}
+SEED = 7  # of the captions, and of the first picture: captions that no default was chosen on
+BATCH = 16
+COUNTS, SOME, MANY = 48, 192, 960  # pictures: for forward passes, for shares of right ones, for small differences
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of a table: a decoder with its options on one set of weights, over so many pictures."""
+
+    label: str
+    weights: str
+    decoder: str
+    pictures: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What is decoded, whatever the label: cells of several tables share their pictures."""
+        return " ".join([self.weights, self.decoder, *(f"{k}={v}" for k, v in sorted(self.options.items()))])
+
+
+def _verification() -> Iterator[Cell]:
+    yield Cell("ar", "sjd2", "ar", SOME)
+    for name, options in {
+        "match": {},
+        "ratio, gumbel": {"verification": "ratio", "coupling": "gumbel"},
+        "ratio, maximal": {"verification": "ratio", "coupling": "maximal"},
+        "ratio, none": {"verification": "ratio", "coupling": "none"},
+        "paper": {"verification": "paper", "coupling": "none"},
+        "paper, gumbel": {"verification": "paper", "coupling": "gumbel"},
+    }.items():
+        yield Cell(name, "sjd2", "sjd2", SOME, {"window": 32, "denoise_levels": 2, **options})
+
+
+def _coupling() -> Iterator[Cell]:
+    for weights in MODELS:
+        for window in (16, 32):
+            where = f"{'base' if weights == 'base' else 'tuned'}, W = {window}"
+            yield Cell(f"none (sjd), {where}", weights, "sjd", 2 * COUNTS, {"window": window})
+            for coupling in ("gumbel", "maximal"):
+                options = {"window": window, "coupling": coupling}
+                yield Cell(f"{coupling}, {where}", weights, "coupled", 2 * COUNTS, options)
+            yield Cell(f"fixed noise (jacobi), {where}", weights, "jacobi", 2 * COUNTS, {"window": window})
+
+
+def _levels() -> Iterator[Cell]:
+    for levels in (1, 2, 3, 4, 6):
+        for window in (8, 16, 32, 64):
+            options = {"denoise_levels": levels, "window": window}
+            yield Cell(f"K = {levels}, W = {window}", "sjd2", "sjd2", COUNTS, options)
+
+
+def _guidance() -> Iterator[Cell]:
+    for scale in (1.0, 1.5, 2.0, 3.0, 5.0):
+        options = {"guidance_scale": scale}
+        yield Cell(f"ar, base, s = {scale:g}", "base", "ar", SOME, options)
+        yield Cell(f"sjd, base, W = 16, s = {scale:g}", "base", "sjd", COUNTS, {"window": 16, **options})
+        sjd2 = {"window": 32, "denoise_levels": 2, **options}
+        yield Cell(f"sjd2, tuned, W = 32, s = {scale:g}", "sjd2", "sjd2", COUNTS, sjd2)
+
+
+def _weights() -> Iterator[Cell]:
+    for weights, label in (("base", "ar, base"), ("sjd2", "ar, tuned")):
+        yield Cell(label, weights, "ar", MANY)
+
+
+EXPERIMENTS = {
+    "verification": _verification,
+    "coupling": _coupling,
+    "levels": _levels,
+    "guidance": _guidance,
+    "weights": _weights,
+}
+
+
+def weights_digest(model: str) -> str:
+    """The first 12 hex digits of the SHA-256 of a bundled model's decoder."""
+    path = Path(sjd2_engine.__file__).parent / "weights" / model / "model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+@dataclass
+class Measured:
+    """Every picture of a cell, in the order of the captions."""
+
+    forward_passes: list[int]
+    correct: list[bool]
+    tokens: int
+
+    @classmethod
+    def of(cls, cell: Cell, records: Sequence[dict[str, Any]]) -> Measured | None:
+        """Put the batches of a cell together; None while some of its pictures are missing."""
+        mine = {r["first"]: r for r in records if r["cell"] == cell.key}
+        wanted = range(0, cell.pictures, BATCH)
+        if not all(first in mine for first in wanted):
+            return None
+        passes = [n for first in wanted for n in mine[first]["forward_passes"]]
+        right = [bool(flag) for first in wanted for flag in mine[first]["correct"]]
+        return cls(passes, right, mine[0]["tokens"])
+
+    def compression(self) -> Interval:
+        """Tokens per forward pass."""
+        return bootstrap(self.forward_passes).inverse(self.tokens)
+
+    def scene_eval(self, cases: Sequence[Case]) -> Score:
+        """Mean of the six categories' shares."""
+        groups: dict[str, list[Verdict]] = {}
+        for case, right in zip(cases, self.correct):
+            groups.setdefault(case.category, []).append(Verdict(right, ""))
+        return summarise(groups).overall
+
+
+def usable(path: Path) -> list[dict[str, Any]]:
+    """The batches on file that were decoded with the weights of this tree."""
+    digests = {weights: weights_digest(model) for weights, model in MODELS.items()}
+    return [r for r in read_records(path) if r["digest"] == digests[r["cell"].split()[0]]]
+
+
+def missing(cells: Sequence[Cell], records: Sequence[dict[str, Any]]) -> list[tuple[Cell, int]]:
+    """Batches that are not on file, each once: the cell and the index of the first caption."""
+    done = {(r["cell"], r["first"]) for r in records}
+    wanted = {(cell.key, first): cell for cell in cells for first in range(0, cell.pictures, BATCH)}
+    return [(cell, first) for (key, first), cell in wanted.items() if (key, first) not in done]
+
+
+def decode(engine: Engine, cell: Cell, cases: Sequence[Case], first: int) -> dict[str, Any]:
+    """Decode and judge one batch; the record of it."""
+    part = cases[first : first + BATCH]
+    seeds = [SEED + first + i for i in range(len(part))]
+    options = {**cell.options, "max_batch": BATCH}
+    result = engine.generate([case.text for case in part], cell.decoder, seed=seeds, **options)
+    if result.failures:
+        raise result.failures[0]
+    verdicts = [case.judge(image) if case.judge and image else None for case, image in zip(part, result.images)]
+    return {
+        "cell": cell.key,
+        "first": first,
+        "digest": weights_digest(MODELS[cell.weights]),
+        "tokens": result.stats.tokens,
+        "forward_passes": result.stats.forward_passes,
+        "correct": [int(verdict is not None and verdict.correct) for verdict in verdicts],
+    }
+
+
+def run(cells: Sequence[Cell], path: Path) -> None:
+    """Decode what is missing, appending each batch to the file at `path`."""
+    todo = missing(cells, usable(path))
+    engines = {name: Engine.from_pretrained(MODELS[name]) for name in dict.fromkeys(cell.weights for cell, _ in todo)}
+    cases = scene_cases(max(cell.pictures for cell in cells), SEED)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for cell, first in tqdm(todo, desc="ablations", unit="batch", disable=not sys.stderr.isatty()):
+        record = decode(engines[cell.weights], cell, cases, first)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def table(cells: Sequence[Cell], records: Sequence[dict[str, Any]]) -> str:
+    """One experiment in Markdown; paired differences are to its first line."""
+    cases = scene_cases(max(cell.pictures for cell in cells), SEED)
+    head = ("setting", "pictures", "forwards", "compression", "SceneEval", "paired difference to the first line")
+    lines = ["| " + " | ".join(head) + " |", "|---|---:|---:|---:|---:|---:|"]
+    base: Measured | None = None
+    for cell in cells:
+        measured = Measured.of(cell, records)
+        if measured is None:
+            lines.append(f"| {cell.label} | not measured | | | | |")
+            continue
+        base = base or measured
+        score = measured.scene_eval(cases)
+        quality = Interval(score.score, score.low, score.high).text("{:.1f} %", 100)
+        shared = min(len(measured.correct), len(base.correct))
+        difference = paired(measured.correct[:shared], base.correct[:shared]).text("{:+.1f}", 100)
+        cells_of_line = (
+            cell.label,
+            str(cell.pictures),
+            f"{sum(measured.forward_passes) / cell.pictures:.1f}",
+            measured.compression().text("{:.2f}"),
+            quality,
+            "–" if measured is base else f"{difference} points",
+        )
+        lines.append("| " + " | ".join(cells_of_line) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="these experiments")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines, one batch each")
+    parser.add_argument("--tables", action="store_true", help="print the tables of what is there, decode nothing")
+    options = parser.parse_args(argv)
+    experiments = {name: list(EXPERIMENTS[name]()) for name in options.only}
+    if not options.tables:
+        run([cell for cells in experiments.values() for cell in cells], options.results)
+    records = usable(options.results)
+    for name, cells in experiments.items():
+        print(f"## {name}\n\n{table(cells, records)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
