@@ -10,9 +10,12 @@ of shorter rows is masked, as with prompts padded on the left.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 from sjd2_engine import DecodeConfig, JacobiWindow, TokenLayout
 from sjd2_kernels import rng
@@ -40,7 +43,8 @@ def make_model() -> LlamaForCausalLM:
 def keep_last(cache: DynamicCache, ends: Tensor, depth: int) -> None:
     """Make each row's entries up to `ends[b]` end at a common depth; what is cut off on the right was rejected."""
     index = (ends[:, None] - depth + torch.arange(depth)).clamp(min=0)[:, None, :, None]
-    for layer in cache.layers:
+    layers = cast(list[DynamicLayer], cache.layers)
+    for layer in layers:
         assert layer.keys is not None and layer.values is not None
         place = index.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
         layer.keys, layer.values = layer.keys.gather(2, place), layer.values.gather(2, place)
@@ -68,7 +72,7 @@ def prefill(model: LlamaForCausalLM) -> tuple[DynamicCache, Tensor]:
 
 def windowed(model: LlamaForCausalLM) -> JacobiWindow:
     cache, prompt_lengths = prefill(model)
-    table = model.get_input_embeddings().weight
+    table = cast(Tensor, model.get_input_embeddings().weight)
     start = table[[prompt[-1] for prompt in PROMPTS]]
     config = DecodeConfig(decoder="jacobi", window=WINDOW)
     window = JacobiWindow(config, LAYOUT, table[IDS], start_embeds=start, seeds=SEEDS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +25,11 @@ def dense(q: Tensor, k: Tensor, v: Tensor, levels: Tensor, steps: int) -> Tensor
 
 
 Given = tuple[Tensor, Tensor, Tensor]
+
+
+def each(change: Callable[[Tensor], Tensor], given: Given) -> Given:
+    q, k, v = given
+    return change(q), change(k), change(v)
 
 
 def case(length: int, heads: int, kv_heads: int, width: int, steps: int, dtype: torch.dtype) -> tuple[Given, Tensor]:
@@ -56,7 +63,7 @@ def test_gradients_by_finite_differences() -> None:
 
 def test_bfloat16_is_as_close_as_the_dense_mask_in_bfloat16() -> None:
     given, levels = case(64, 4, 2, 32, 3, torch.bfloat16)
-    exact = dense(*(x.double() for x in given), levels, 3)
+    exact = dense(*each(Tensor.double, given), levels, 3)
     error = (timestep_attention(*given, levels, 3).double() - exact).abs().max()
     assert error <= 2 * (dense(*given, levels, 3).double() - exact).abs().max()
 
@@ -74,7 +81,7 @@ def test_clean_queries_see_no_timestep() -> None:
 
 def test_padding_on_the_right_changes_nothing() -> None:
     given, levels = case(12, 4, 2, 8, 3, torch.float64)
-    other = [x.detach().clone() for x in given]
+    other = each(lambda x: x.detach().clone(), given)
     for x in other:
         x[0, 3 + 8 :] = 1e3
     out, padded = timestep_attention(*given, levels, 3), timestep_attention(*other, levels, 3)
@@ -101,13 +108,13 @@ def test_cuda_flash_kernels_take_these_arguments(dtype: torch.dtype, width: int)
 @pytest.mark.parametrize("width", [64, 100, 128])
 def test_on_a_gpu(dtype: torch.dtype, width: int) -> None:
     given, levels = case(300, 4, 2, width, 3, dtype)
-    exact = [x.detach().double().requires_grad_() for x in given]
-    device = [x.detach().cuda().requires_grad_() for x in given]
+    exact = each(lambda x: x.detach().double().requires_grad_(), given)
+    device = each(lambda x: x.detach().cuda().requires_grad_(), given)
     weights = torch.randn(given[0].shape, dtype=torch.float64)
     expected = dense(*exact, levels, 3)
     found = timestep_attention(*device, levels.cuda(), 3)
     grads = torch.autograd.grad((found.double() * weights.cuda()).sum(), device)
-    rough = [x.detach().clone().requires_grad_() for x in given]
+    rough = each(lambda x: x.detach().clone().requires_grad_(), given)
     plain = dense(*rough, levels, 3)
     pairs = [(found, plain, expected)]
     others = torch.autograd.grad((plain.double() * weights).sum(), rough)

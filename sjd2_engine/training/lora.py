@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any
 
 from torch import Tensor
 
@@ -36,8 +36,7 @@ def merged_weights(core: Transformer) -> dict[str, Tensor]:
     found = {}
     for name, module in core.named_modules():
         if isinstance(module, Linear):
-            base = module.get_base_layer().weight.detach()  # pyright: ignore[reportAttributeAccessIssue]
-            added = cast(Tensor, module.get_delta_weight(NAME)).detach()  # pyright: ignore[reportCallIssue]
-            merged = base.float() + added.float()
-            found[f"{name}.weight"] = merged.cpu()
+            adapted: Any = module  # peft's layers get their methods by mixins
+            merged = adapted.get_base_layer().weight.float() + adapted.get_delta_weight(NAME).float()
+            found[f"{name}.weight"] = merged.detach().cpu()
     return found

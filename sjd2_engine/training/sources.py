@@ -144,7 +144,7 @@ class TarSource(Source):
             import webdataset
         except ImportError:
             raise ConfigError(f"reading .tar files needs: {INSTALL}") from None
-        self.library = webdataset
+        self.library: Any = webdataset
         self.folder, self.files, self.column = folder, files, caption_column
 
     def items(self, done: Container[str]) -> Iterator[Item]:
