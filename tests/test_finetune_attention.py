@@ -58,7 +58,7 @@ def test_output_and_gradients_are_those_of_the_dense_mask(
 
 def test_gradients_by_finite_differences() -> None:
     given, levels = case(5, 4, 2, 4, 3, torch.float64)
-    assert torch.autograd.gradcheck(lambda *x: timestep_attention(*x, levels, 3), given)
+    assert torch.autograd.gradcheck(lambda q, k, v: timestep_attention(q, k, v, levels, 3), given)
 
 
 def test_bfloat16_is_as_close_as_the_dense_mask_in_bfloat16() -> None:
