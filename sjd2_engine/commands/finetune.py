@@ -193,10 +193,14 @@ def _data(model: Any, out: Path, data: Path | None, options: Options, accelerato
     if accelerator.is_main_process:
         from ..training.prepare import Plan, draw
 
-        needed = (options.steps or DRAWN_STEPS) * options.batch + options.validation
-        draw(model, out / "data", needed, Plan(), seed=SCENES_SEED)
+        draw(model, out / "data", _drawn(options), Plan(), seed=SCENES_SEED)
     accelerator.wait_for_everyone()
     return out / "data"
+
+
+def _drawn(options: Options) -> int:
+    """How many pictures are drawn for the bundled model."""
+    return (options.steps or DRAWN_STEPS) * options.batch + options.validation
 
 
 def _warn(facts: ModelFacts, options: Options, accelerator: Any, pictures: int) -> None:
@@ -233,7 +237,8 @@ def _estimate(
     from ..training.estimate import estimate
     from ..training.store import Store
 
-    pictures = len(Store(data)) - options.validation if data else USUAL_PICTURES
+    usual = _drawn(options) - options.validation if facts.family == "scenes" else USUAL_PICTURES
+    pictures = len(Store(data)) - options.validation if data else usual
     count = devices or int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -243,7 +248,7 @@ def _estimate(
     table(f"One of {count} devices", ("what", "GB"), _rows(found), 1)
     time = "" if found.hours is None else f", about {found.hours:.1f} h at 35 % of the peak of {gpu}"
     typer.echo(
-        f"{found.parameters / GIGA:.2f} B parameters, {found.trained / GIGA:.2f} B trained; {found.steps} steps of "
+        f"{_count(found.parameters)} parameters, {_count(found.trained)} trained; {found.steps} steps of "
         f"{options.batch} of {pictures} pictures{time}; {found.host_bytes / GIGA:.0f} GB of host memory per process "
         "while loading"
     )
@@ -256,6 +261,10 @@ def _estimate(
         raise typer.Exit(1)
     else:
         typer.echo(f"fits: {found.footprint.total / GIGA:.1f} GB of {memory:.0f} per device")
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / GIGA:.2f} B" if parameters >= GIGA else f"{parameters / 1e6:.1f} M"
 
 
 def _rows(found: Estimate) -> list[tuple[str, str]]:
