@@ -39,6 +39,7 @@ def make_accelerator(options: Options, out: Path, device: str = "auto", track: t
     """accelerate's view of the processes and the device; ConfigError where it or a tracker is missing."""
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
         from accelerate.tracking import get_available_trackers
     except ImportError:
         raise ConfigError("fine-tuning needs accelerate: pip install 'sjd2-engine[train]'") from None
@@ -49,6 +50,7 @@ def make_accelerator(options: Options, out: Path, device: str = "auto", track: t
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     # FSDP2 has a precision policy of its own; elsewhere matrix products run in bfloat16 and weights stay in float32.
     mixed = "bf16" if options.precision == "bf16" and not options.shard else "no"
+    AcceleratorState._reset_state()  # it keeps an earlier run's precision, and refuses another in the same process
     return Accelerator(cpu=on_cpu, mixed_precision=mixed, log_with=list(track) or None, project_dir=out / "run")
 
 
