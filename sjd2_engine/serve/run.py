@@ -35,7 +35,8 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, service: ImageService) -> None:
         super().__init__(config)
-        self.service, self._deadline = service, 0.0
+        self.service = service
+        self._deadline: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.service.draining:
@@ -43,10 +44,10 @@ class _Server(uvicorn.Server):
             self.force_exit = sig == signal.SIGINT
             return
         self.service.draining = True
-        self._deadline = time.monotonic() + self.service.limits.shutdown_s
 
     async def on_tick(self, counter: int) -> bool:
         if self.service.draining and not self.should_exit:
+            self._deadline = self._deadline or time.monotonic() + self.service.limits.shutdown_s
             late = time.monotonic() > self._deadline
             if late:
                 logger.warning("%d request(s) did not finish in time and are given up", self.service.running)

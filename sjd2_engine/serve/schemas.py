@@ -35,8 +35,9 @@ class ImageRequest(BaseModel):
     decoder: str | None = Field(None, description="ar, jacobi, sjd, coupled or sjd2.")
     window: int | Literal["auto"] | None = Field(None, description="Model inputs per forward pass and picture.")
     denoise_levels: int | None = Field(None, description="Noise levels of sjd2.")
-    guidance_scale: float | None = Field(None, description="Classifier-free guidance.")
-    temperature: float | None = Field(None, description="0 takes the likeliest token.")
+    # Beyond these bounds logits overflow, which would look like a fault of the server.
+    guidance_scale: float | None = Field(None, ge=-100, le=100, description="Classifier-free guidance.")
+    temperature: float | None = Field(None, ge=0, le=100, description="0 takes the likeliest token, else from 0.001.")
     top_k: int | None = Field(None, description="Keep the k most likely tokens; 0 = all.")
     top_p: float | None = Field(None, description="Keep the most likely tokens up to this probability.")
     verification: str | None = Field(None, description="sjd2: match, ratio or paper.")

@@ -29,6 +29,7 @@ from .schemas import DECODE_FIELDS, ImageRequest
 
 logger = logging.getLogger(__name__)
 LONGEST_RETRY_S = 60.0
+LEAST_TEMPERATURE = 0.001  # logits over less may overflow
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,11 @@ class ImageService:
                     400, f"{field} has {len(text)} characters, at most {limits.prompt_chars} are allowed", param=field,
                     code="prompt_too_long",
                 )  # fmt: skip
+        if request.temperature and request.temperature < LEAST_TEMPERATURE:
+            raise ServeError(
+                400, f"temperature={request.temperature}: expected 0, or {LEAST_TEMPERATURE} to 100",
+                param="temperature", code="unsupported_value",
+            )  # fmt: skip
         options = {field: getattr(request, field) for field in DECODE_FIELDS}
         try:
             config = self.engine.config_for(**options)
