@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,12 @@ def write_store(model: ImageModel, folder: Path, texts: tuple[str, ...], count: 
             writer.add(str(index), tokens, caption)
         writer.finish()
     return folder
+
+
+def losses(out: Path) -> list[float]:
+    """What the steps of a run have logged."""
+    lines = [json.loads(line) for line in (out / "run" / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def make_run(kind: str, folder: Path, out: Path, **changes: Any) -> Finetune:

@@ -60,11 +60,6 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
-def losses(out: Path) -> list[float]:
-    lines = [json.loads(line) for line in (out / "run" / "log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
 def test_killed_again_and_again_it_ends_with_the_same_weights(place: Path) -> None:
     out = place / "killed"
     for reached in (2, 4):
@@ -86,9 +81,9 @@ def test_two_processes_give_what_one_gives(options: tuple[str, ...], place: Path
     out = place / f"two{''.join(options)}"
     for process in start(place, out, "--micro-batch", "1", *options, count=2):
         finish(process)
-    assert len(losses(out)) == STEPS
+    assert len(finetuning.losses(out)) == STEPS
     # Sums of floating-point numbers in another order; the losses themselves fall from 4.6 to 3.9.
-    assert losses(out) == pytest.approx(losses(place / "one"), abs=2e-5)
+    assert finetuning.losses(out) == pytest.approx(finetuning.losses(place / "one"), abs=2e-5)
     mine, theirs = (load_file(path / "model.safetensors") for path in (out, place / "one"))
     for name, tensor in theirs.items():
         torch.testing.assert_close(mine[name], tensor, atol=2e-4, rtol=1e-3)

@@ -29,7 +29,7 @@ def test_trained_saved_loaded_and_decoded(kind: str, tmp_path: Path) -> None:
     run = finetuning.make_run(kind, folder, out)
     before = {name: weight.clone() for name, weight in run.model.transformer.named_parameters()}
     run.train()
-    losses = [json.loads(line)["loss"] for line in (out / "run" / "log.jsonl").read_text().splitlines()]
+    losses = finetuning.losses(out)
     assert losses[-1] < losses[0]
     run.write()
     # What was trained is in the new checkpoint bit for bit, the rest as it was.
