@@ -14,6 +14,7 @@ from .commands.batch import batch
 from .commands.bench import bench
 from .commands.common import load_engine
 from .commands.config import config
+from .commands.demo import demo
 from .commands.evaluate import evaluate
 from .commands.finetune import finetune
 from .commands.options import (
@@ -179,6 +180,7 @@ app.command()(evaluate)
 app.command()(finetune)
 app.command()(config)
 app.command()(serve)
+app.command()(demo)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ FLOORS = {
     2: {"transformer", "fused", "attention", "cache", "linear", "quantize", "models"},
     3: {"window", "decoders", "drafts", "given", "graphs", "tuning"},
     4: {"engine", "pixels", "session", "slots", "memory", "results"},
-    5: {"cli", "commands", "distributed", "serve", "generation", "doctor", "hf"},
+    5: {"cli", "commands", "distributed", "serve", "demo", "generation", "doctor", "hf"},
 }
 BESIDE = {"training", "evaluation", "scenes"}  # use floors 1 to 4 and each other, are used only by the faces
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -1,0 +1,1 @@
+"""A page on which decoders race each other."""
