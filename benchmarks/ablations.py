@@ -32,7 +32,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "ablations.jsonl"
 MODELS = {"base": "scenes", "sjd2": "scenes-sjd2"}
 SEED = 7  # of the captions, and of the first picture: captions that no default was chosen on
 BATCH = 16
-COUNTS, SOME, MANY = 48, 192, 960  # pictures: for forward passes, for shares of right ones, for small differences
+COUNTS, SOME, MANY = 48, 192, 480  # pictures: for forward passes, for shares of right ones, for small differences
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def _verification() -> Iterator[Cell]:
         "ratio, none": {"verification": "ratio", "coupling": "none"},
         "paper": {"verification": "paper", "coupling": "none"},
         "paper, gumbel": {"verification": "paper", "coupling": "gumbel"},
+        "paper, K = 3, W = 64": {"verification": "paper", "coupling": "none", "denoise_levels": 3, "window": 64},
     }.items():
         yield Cell(name, "sjd2", "sjd2", SOME, {"window": 32, "denoise_levels": 2, **options})
 
@@ -68,11 +69,11 @@ def _coupling() -> Iterator[Cell]:
     for weights in MODELS:
         for window in (16, 32):
             where = f"{'base' if weights == 'base' else 'tuned'}, W = {window}"
-            yield Cell(f"none (sjd), {where}", weights, "sjd", 2 * COUNTS, {"window": window})
+            yield Cell(f"none (sjd), {where}", weights, "sjd", COUNTS, {"window": window})
             for coupling in ("gumbel", "maximal"):
                 options = {"window": window, "coupling": coupling}
-                yield Cell(f"{coupling}, {where}", weights, "coupled", 2 * COUNTS, options)
-            yield Cell(f"fixed noise (jacobi), {where}", weights, "jacobi", 2 * COUNTS, {"window": window})
+                yield Cell(f"{coupling}, {where}", weights, "coupled", COUNTS, options)
+            yield Cell(f"fixed noise (jacobi), {where}", weights, "jacobi", COUNTS, {"window": window})
 
 
 def _levels() -> Iterator[Cell]:
@@ -85,7 +86,7 @@ def _levels() -> Iterator[Cell]:
 def _guidance() -> Iterator[Cell]:
     for scale in (1.0, 1.5, 2.0, 3.0, 5.0):
         options = {"guidance_scale": scale}
-        yield Cell(f"ar, base, s = {scale:g}", "base", "ar", SOME, options)
+        yield Cell(f"ar, base, s = {scale:g}", "base", "ar", 2 * COUNTS, options)
         yield Cell(f"sjd, base, W = 16, s = {scale:g}", "base", "sjd", COUNTS, {"window": 16, **options})
         sjd2 = {"window": 32, "denoise_levels": 2, **options}
         yield Cell(f"sjd2, tuned, W = 32, s = {scale:g}", "sjd2", "sjd2", COUNTS, sjd2)

@@ -58,7 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a comparison and of its report, by the command, with the report's own studies made small."""
     out, report = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(studies, "WINDOWS", (16, 32))
+        patch.setattr(studies, "windows_of", lambda default: [16, default])
         patch.setattr(studies, "SWEEP_PROMPTS", 1)
         patch.setattr(studies, "MANY", 2)
         args = ["bench", "--decoders", "jacobi,sjd2", "--prompts", "2", "--warmup", "0"]
@@ -124,6 +124,11 @@ def test_prompts_cannot_break_the_page(base: Engine, tmp_path: Path) -> None:
 def test_levels_to_try() -> None:
     assert studies.levels_of(3) == [1, 2, 3, 4]
     assert studies.levels_of(25) == [5, 10, 15, 20, 25]
+
+
+def test_windows_to_try() -> None:
+    assert studies.windows_of(32) == [8, 16, 32, 64]
+    assert studies.windows_of(2) == [2, 4]
 
 
 def test_figures_without_judged_pictures_and_with_one_cell(tmp_path: Path) -> None:

@@ -44,6 +44,9 @@ def bench(
     specs = parse_specs(decoders, windows)
     check_writable(out)
     if report:
+        from ..evaluation.report import check_installed
+
+        check_installed()
         check_writable(report)
     from ..evaluation import bench as comparison
     from ..evaluation import results

@@ -82,6 +82,19 @@ def _quality(row: Contender) -> Interval | None:
     return Interval(score.score, score.low, score.high)
 
 
+def check_installed() -> None:
+    """Fail before anything is measured where the page could not be written afterwards."""
+    try:
+        import jinja2  # noqa: F401
+    except ImportError as error:
+        raise BackendError("the report needs jinja2: pip install 'sjd2-engine[eval]'") from error
+
+
+def _batch(plan: Plan) -> int:
+    """Pictures decoded together where nothing is timed: what the comparison does, unless the model is the small one."""
+    return studies.WATCHED if plan.cases[0].judge else plan.batch
+
+
 def write_report(
     plan: Plan,
     rows: Sequence[Contender],
@@ -94,10 +107,7 @@ def write_report(
 
     Returns the page. `command` is what the page says it was made by.
     """
-    try:
-        import jinja2  # noqa: F401  (found missing before anything is measured)
-    except ImportError as error:
-        raise BackendError("the report needs jinja2: pip install 'sjd2-engine[eval]'") from error
+    check_installed()
     data: dict[str, Any] = {"bench": asdict(result)}
     shown = [*_comparison(result, folder), *_watched(plan, rows, result, folder, data, progress)]
     tuned = next((row.engine for row in rows if row.engine.is_tuned), None)
@@ -140,14 +150,14 @@ def _watched(
     plan: Plan, rows: Sequence[Contender], result: BenchResult, folder: Path, data: dict[str, Any], progress: Progress
 ) -> list[Figure]:
     contenders = [(_label(row), row.engine, row.config) for row in rows]
-    watched = studies.watch_all(contenders, plan.cases[: studies.BATCH], plan.seed, progress("watch"))
+    watched = studies.watch_all(contenders, plan.cases[: studies.WATCHED], plan.seed, _batch(plan), progress("watch"))
     if not watched:
         return []
     count = min(MAP_PICTURES, len(plan.cases))
     # Pictures of a tuned decoder where there is one: its maps are the sharpest.
     source = next((row for row in reversed(rows) if row.config.width > 1), rows[0])
     pictures = [source.images[i] for i in range(count)]
-    used = min(studies.BATCH, len(plan.cases))
+    used = min(studies.WATCHED, len(plan.cases))
     figures.acceptance_maps(
         pictures,
         {w.label: w.maps[:count] for w in watched},
@@ -191,7 +201,7 @@ def _of_sjd2(
     figures.sweep(cells, tuned.model.noise.levels, folder / "windows_and_levels.png", said)
     judged = bool(plan.cases[0].judge)
     cases = scene_cases(studies.MANY, plan.seed) if judged else plan.cases
-    parts = studies.take_parts(tuned, cases, plan.seed, VARIANT_PICTURES, progress("parts"))
+    parts = studies.take_parts(tuned, cases, plan.seed, _batch(plan), VARIANT_PICTURES, progress("parts"))
     said = f"{len(cases)} pictures; {where}"
     normalisation = ("AR", "SJD2", "SJD2, raw noise", "denoising alone", "denoising alone, raw noise")
     figures.variants(

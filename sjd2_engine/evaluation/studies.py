@@ -22,9 +22,8 @@ from .plots import HUES
 from .prompts import Case
 from .traces import Trace, cost_map, watch
 
-WINDOWS = (8, 16, 32, 64)
+WATCHED = 16  # pictures for the maps, at most
 SWEEP_PROMPTS = 4
-BATCH = 16
 MANY = 48  # pictures for shares of right ones, where they cost little
 Progress = Callable[[Any], Any]
 
@@ -40,13 +39,18 @@ class Watched:
 
 
 def watch_all(
-    contenders: Sequence[tuple[str, Engine, DecodeConfig]], cases: Sequence[Case], seed: int, progress: Progress
+    contenders: Sequence[tuple[str, Engine, DecodeConfig]],
+    cases: Sequence[Case],
+    seed: int,
+    batch: int,
+    progress: Progress,
 ) -> list[Watched]:
     """Watch every decoder that accepts more than one token; window="auto" has no one width to show."""
-    texts, seeds = [case.text for case in cases], [seed + i for i in range(len(cases))]
     found = []
     for label, engine, config in progress([c for c in contenders if c[2].window != AUTO and c[2].width > 1]):
-        traces = watch(engine, config, texts, seeds)
+        traces: list[Trace] = []
+        for part, seeds in _batches(cases, seed, batch):
+            traces += watch(engine, config, [case.text for case in part], seeds)
         maps = [cost_map(engine, [trace]) for trace in traces]
         found.append(Watched(label, maps, cost_map(engine, traces), traces[0]))
     return found
@@ -59,10 +63,16 @@ def levels_of(trained: int) -> list[int]:
     return sorted({max(1, round(trained * part / 5)) for part in range(1, 6)})
 
 
+def windows_of(default: int) -> list[int]:
+    """Windows to try: a quarter of the default, half of it, itself and twice as much."""
+    return sorted({max(2, round(default * part)) for part in (0.25, 0.5, 1, 2)})
+
+
 def sweep_cells(engine: Engine, cases: Sequence[Case], seed: int, progress: Progress) -> list[SweepCell]:
     """SJD2 at every number of levels and window, one picture at a time; the cells take turns."""
     assert engine.model.noise is not None
-    shapes = [(k, w) for k in levels_of(engine.model.noise.levels) for w in WINDOWS]
+    windows = windows_of(engine.config_for("sjd2").width)
+    shapes = [(k, w) for k in levels_of(engine.model.noise.levels) for w in windows]
     seconds: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
     passes: dict[tuple[int, int], list[int]] = {shape: [] for shape in shapes}
     # The first picture is the warm-up.
@@ -84,7 +94,9 @@ class PartsTaken:
     images: dict[str, list[Image.Image]]
 
 
-def take_parts(engine: Engine, cases: Sequence[Case], seed: int, shown: int, progress: Progress) -> PartsTaken:
+def take_parts(
+    engine: Engine, cases: Sequence[Case], seed: int, batch: int, shown: int, progress: Progress
+) -> PartsTaken:
     """AR, SJD2, denoising alone with and without its test, with and without normalisation; all on tuned weights."""
     config = engine.config_for("sjd2", verification="match", warmup="noise")
     levels = config.denoise_levels
@@ -97,7 +109,7 @@ def take_parts(engine: Engine, cases: Sequence[Case], seed: int, shown: int, pro
     }
     rows, images = {}, {}
     for label, draw in progress(list(ways.items())):
-        drawn = [draw([c.text for c in part], seeds) for part, seeds in _batches(cases, seed)]
+        drawn = [draw([c.text for c in part], seeds) for part, seeds in _batches(cases, seed, batch)]
         tokens, passes = torch.cat([d.tokens for d in drawn]), [n for d in drawn for n in d.forward_passes]
         pictures = [_picture(engine, row) for row in tokens]
         hue = HUES["ar"] if label == "AR" else HUES["sjd2"] if label.startswith("SJD2") else HUES["jacobi"]
@@ -108,13 +120,15 @@ def take_parts(engine: Engine, cases: Sequence[Case], seed: int, shown: int, pro
 
 
 def _generated(engine: Engine, decoder: str, texts: Sequence[str], seeds: Sequence[int]) -> Decoded:
-    result = engine.generate(texts, decoder, seed=tuple(seeds), max_batch=BATCH)
+    result = engine.generate(texts, decoder, seed=tuple(seeds), max_batch=len(texts))
+    if result.failures:
+        raise result.failures[0]
     return Decoded(result.tokens, result.stats.forward_passes)
 
 
-def _batches(cases: Sequence[Case], seed: int) -> list[tuple[Sequence[Case], list[int]]]:
-    starts = range(0, len(cases), BATCH)
-    return [(cases[i : i + BATCH], [seed + i + j for j in range(len(cases[i : i + BATCH]))]) for i in starts]
+def _batches(cases: Sequence[Case], seed: int, batch: int) -> list[tuple[Sequence[Case], list[int]]]:
+    parts = [range(i, min(i + batch, len(cases))) for i in range(0, len(cases), batch)]
+    return [(cases[part.start : part.stop], [seed + i for i in part]) for part in parts]
 
 
 @torch.inference_mode()
