@@ -38,7 +38,8 @@ def block_bytes(quantize: str | None) -> int:
     if quantize is not None:
         quantize_linears(core, quantize)
     total = 0
-    for weight in core.blocks.parameters():
+    weights: list[Any] = list(core.blocks.parameters())
+    for weight in weights:
         # A quantised weight is made of parts: the integers and a scale per output.
         names = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else None
         parts = [getattr(weight, name) for name in names] if names else [weight]
