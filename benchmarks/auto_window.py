@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.gpu_check import commit, versions, write
+from benchmarks.gpu.document import write
 from sjd2_engine import Engine
 from sjd2_engine.config import AUTO
+from sjd2_engine.evaluation.machine import commit, device_name, versions
 from sjd2_engine.evaluation.prompts import scene_cases
 
 WEIGHTS = {"jacobi": "scenes", "coupled": "scenes", "sjd2": "scenes-sjd2"}
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = {decoder: compare(decoder, prompts, windows) for decoder in options.decoders.split(",")}
     print_table(results)
     document = {
-        "device": "cpu", "threads": torch.get_num_threads(), "versions": versions(), "commit": commit(),
+        "device": device_name("cpu"), "threads": torch.get_num_threads(), "versions": versions(), "commit": commit(),
         "prompts": len(prompts), "decoders": results,
     }  # fmt: skip
     write(document, options.out)

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.gpu_check import commit, versions, write
+from benchmarks.gpu.document import write
 from sjd2_engine import Engine
+from sjd2_engine.evaluation.machine import commit, device_name, versions
 from sjd2_engine.evaluation.prompts import scene_cases
 from sjd2_engine.models import find_model
 
@@ -56,8 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--decoders", default=",".join(DECODERS), help="for the second")
     parser.add_argument("--out", type=Path, help="write the JSON document here as well")
     options = parser.parse_args(argv)
-    import transformers
-
     prompts = [case.text for case in scene_cases(options.prompts, SEED)]
     greedy = [against_transformers(prompts, float(scale)) for scale in options.guidance.split(",")]
     exact = among_decoders(prompts, options.decoders.split(","))
@@ -69,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for decoder, found in exact["decoders"].items():
         print(f"{decoder:8} on {found['model']}: {found['median_s']:.3f} s a picture, {found['over_ar']:.2f}x AR")
     document = {
-        "device": "cpu", "threads": torch.get_num_threads(), "commit": commit(), "prompts": len(prompts),
-        "versions": {**versions(), "transformers": transformers.__version__}, "greedy": greedy, "sampling": exact,
+        "device": device_name("cpu"), "threads": torch.get_num_threads(), "commit": commit(), "prompts": len(prompts),
+        "versions": versions(), "greedy": greedy, "sampling": exact,
     }  # fmt: skip
     write(document, options.out)
     return 0 if all(found["same_tokens"] for found in greedy) else 1

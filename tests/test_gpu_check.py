@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from benchmarks import gpu_check
 from benchmarks.gpu import checks, timing
 from benchmarks.gpu.cases import Case, Sizes
+from benchmarks.gpu.document import write
 from sjd2_kernels import dispatch, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy speaks of logarithms of 0
@@ -90,7 +91,7 @@ def test_report(
     bench = timing.Bench(DEVICE_, once, lambda function: function, cache=1000)
     sizes = {"copy": {"size": 4096}, "ops": {"timed": [(op, TINY) for op in dispatch.TRITON]}, "step": {"sizes": TINY}}
     document = gpu_check.report(bench, results, **sizes)
-    gpu_check.write(document, tmp_path / "out.json")
+    write(document, tmp_path / "out.json")
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(document))
     assert document["passed"] and document["copy_gb_s"] == pytest.approx(2 * 4096 / 1e-5 / 1e9)

@@ -12,6 +12,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import numpy as np
 import pytest
 import torch
+import triton_mode  # noqa: F401  (where kernels run is settled before triton is loaded)
 from toy import perfect_variation
 
 from benchmarks.gpu.bundled import NAME, PROMPTS, drained_without_waiting, no_waiting, without_graphs

@@ -1,1 +1,1 @@
-"""Checks and times of every op on a GPU; `benchmarks/gpu_check.py` runs them."""
+"""Parts of the benchmarks for GPUs, `gpu_check.py` and `decode_gpu.py`."""

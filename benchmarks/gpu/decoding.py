@@ -2,120 +2,106 @@
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from sjd2_engine.graphs import Lagged, StepGraphs
-from sjd2_engine.memory import is_out_of_memory
+from sjd2_engine.memory import decode_memory, is_out_of_memory
 from sjd2_engine.slots import Slots
 from sjd2_engine.transformer import Block
 
-from .floors import REPEATS, Rates, median, seconds_of, spread, step_work
+from .floors import Rates, median, seconds_of, spread, step_work
 from .geometry import Geometry, RandomModel, mid_picture, random_model, seek
+from .run import Run
 
 WIDTHS = (1, 8, 16, 32, 64, 96, 128)
 BATCHES = (1, 2, 4, 8)
 LOOPED = 20  # steps that the engine's loop is timed for
-
-
-@dataclass
-class Run:
-    """Where a part runs, until when, and what it had to leave out."""
-
-    device: torch.device
-    dtype: torch.dtype
-    deadline: float  # by time.monotonic()
-    smoke: bool = False
-    skipped: list[str] = field(default_factory=list)
-    say: Callable[[str], None] = print
-
-    def has_time_for(self, what: str, seconds: float) -> bool:
-        """Whether so many seconds are left; where not, `what` is noted as skipped."""
-        enough = time.monotonic() + seconds <= self.deadline
-        if not enough:
-            self.skip(what, "no time left")
-        return enough
-
-    def skip(self, what: str, why: str) -> None:
-        self.skipped.append(f"{what}: {why}")
-        self.say(f"skipped {what}: {why}")
-
-    @property
-    def repeats(self) -> int:
-        """Measurements of which the median counts."""
-        return 4 if self.smoke else REPEATS
-
-    def free(self) -> None:
-        """Give memory back that nothing uses any more."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+SLOTS_TAKE, CELL_TAKES = 40.0, 15.0  # seconds that new slots with a first cell, and a further cell, are given at least
+Point = tuple[int, int]
+"""A window, and the entries cached per row (0 = mid-picture)."""
 
 
 def steps(
     run: Run, geometry: Geometry, rates: Rates, widths: Sequence[int] = WIDTHS, batches: Sequence[int] = BATCHES
-) -> dict[str, Any]:
-    """Every width and batch, AR for a width of 1 and the Jacobi decoder above, in the middle of the picture."""
+) -> None:
+    """Every width and batch, AR for a width of 1 and the Jacobi decoder above, in the middle of the picture.
+
+    With one picture also where a goal asks for other cache lengths.
+    """
     model = random_model(geometry, run.device, run.dtype)
     cells: list[dict[str, Any]] = []
+    result = {"model": geometry.name, "weights": "random", "cells": cells, "predicted": []}
+    run.results.append(result)
     print_heading(run, geometry)
+    late = [(goal.window, goal.entries) for goal in geometry.floor_goals if goal.entries]
     for batch in batches:
-        for decoder, chosen in (("ar", [w for w in widths if w == 1]), ("jacobi", [w for w in widths if w > 1])):
-            if chosen:
-                cells += _batch(run, geometry, model, rates, decoder, batch, chosen)
-    return {"model": geometry.name, "weights": "random", "cells": cells, "predicted": predictions(geometry, cells)}
+        points = [(width, 0) for width in widths] + (late if batch == 1 else [])
+        for decoder, chosen in (("ar", [p for p in points if p[0] == 1]), ("jacobi", [p for p in points if p[0] > 1])):
+            for entry in _batch(run, geometry, model, rates, decoder, batch, chosen):
+                cells.append(entry)
+                run.say(line(entry))
+                run.save()
+    result["predicted"] = predictions(geometry, cells)
+    judge(run, geometry, result)
 
 
 def _batch(
-    run: Run, geometry: Geometry, model: RandomModel, rates: Rates, decoder: str, batch: int, widths: list[int]
-) -> list[dict[str, Any]]:
-    """The widths of one decoder and batch, on one set of slots."""
-    cells: list[dict[str, Any]] = []
-    name = f"{decoder} B={batch} W={widths}"
-    if not run.has_time_for(name, 0 if run.smoke else 40):
-        return cells
+    run: Run, geometry: Geometry, model: RandomModel, rates: Rates, decoder: str, batch: int, points: list[Point]
+) -> Iterable[dict[str, Any]]:
+    """The points of one decoder and batch, on one set of slots."""
+    left = list(points)
+    if not left or not run.has_time_for(names(decoder, batch, left), max(SLOTS_TAKE, 2 * run.slowest)):
+        return
+    slots: Slots | None = None
     try:
-        slots = mid_picture(geometry, model, geometry.config(decoder, max(widths)), batch)
-        for width in widths:
-            if not run.has_time_for(f"{decoder} B={batch} W={width}", 0 if run.smoke else 15):
-                break
-            cells.append(cell(run, geometry, slots, rates, decoder, width))
-            run.say(line(cells[-1]))
+        slots = mid_picture(geometry, model, geometry.config(decoder, max(left)[0]), batch, run.attention)
+        while left and run.has_time_for(names(decoder, batch, left), max(CELL_TAKES, 1.5 * run.slowest)):
+            began = time.monotonic()
+            entry = cell(run, geometry, slots, rates, decoder, left[0])
+            run.slowest = max(run.slowest, time.monotonic() - began)
+            left.pop(0)
+            yield entry
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        run.skip(name, "out of memory")
-    slots = None
-    run.free()
-    return cells
+        run.skip(names(decoder, batch, left), "out of memory")
+    finally:
+        slots = None
+        run.free()
 
 
-def cell(run: Run, geometry: Geometry, slots: Slots, rates: Rates, decoder: str, width: int) -> dict[str, Any]:
-    """Figures of one width: the step, its floor, the library's products alone, the loop, capture and memory."""
+def names(decoder: str, batch: int, points: Iterable[Point]) -> str:
+    """How a table calls points that it leaves out."""
+    widths = ", ".join(f"W={width}" + (f" at {entries} entries" if entries else "") for width, entries in points)
+    return f"{decoder} B={batch} {widths}"
+
+
+def cell(run: Run, geometry: Geometry, slots: Slots, rates: Rates, decoder: str, point: Point) -> dict[str, Any]:
+    """Figures of one point: the step, its floor, the library's products alone, the loop, capture and memory."""
+    width, entries = point
     slots.resize(width)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     before, began = slots.graphs.report(), time.perf_counter()
     for _ in range(2):  # the first warms up and compiles, the second captures
-        seek(slots, geometry)
+        seek(slots, geometry, entries)
         slots.step()
-    settle(run)
+    run.settle()
     prepared, after = time.perf_counter() - began, slots.graphs.report()
-    times = seconds_of(slots.step, run.device, lambda: seek(slots, geometry), run.repeats)
+    times = seconds_of(slots.step, run.device, lambda: seek(slots, geometry, entries), run.repeats)
     step, config = median(times), slots.config
-    work = step_work(geometry, config, slots.count, width, run.dtype)
-    seek(slots, geometry)
+    work = step_work(geometry, config, slots.count, width, run.dtype, entries)
+    seek(slots, geometry, entries)
     return {
         "decoder": decoder,
         "batch": slots.count,
         "window": width,
         "rows": slots.cache.lengths.shape[0],
-        "entries": geometry.prompt - 1 + geometry.middle,
+        "entries": entries or geometry.middle,
         "attention": slots.cache.backend.name,
         "fused": slots.cache.fused,
         "step_ms": 1e3 * step,
@@ -132,21 +118,21 @@ def cell(run: Run, geometry: Geometry, slots: Slots, rates: Rates, decoder: str,
         "graphs": after.graphs - before.graphs,
         "graph_mib": (after.bytes - before.bytes) / 2**20,
         "peak_gib": torch.cuda.max_memory_allocated(run.device) / 2**30 if run.device.type == "cuda" else None,
+        "estimated_gib": estimate(slots, run.dtype) / 2**30,
     }
 
 
-def settle(run: Run) -> None:
-    """Wait until the device has nothing left to do."""
-    if run.device.type == "cuda":
-        torch.cuda.synchronize(run.device)
+def estimate(slots: Slots, dtype: torch.dtype) -> int:
+    """Bytes that the engine reckons with for these slots before it makes them."""
+    return decode_memory(slots.model.facts, slots.config, dtype, slots.count, slots.window.device.type).total
 
 
 def loop_seconds(run: Run, slots: Slots, count: int) -> float:
     """Wall-clock seconds per step of the engine's loop: a report late by one step, read while the next one runs."""
-    settle(run)
+    run.settle()
     began = time.perf_counter()
     loop(slots, count)
-    settle(run)
+    run.settle()
     return (time.perf_counter() - began) / count
 
 
@@ -188,21 +174,52 @@ def products_seconds(run: Run, slots: Slots, width: int) -> float:
 
 
 def predictions(geometry: Geometry, cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Seconds per picture: measured step times published forwards. Prompt and pixels come on top."""
-    alone = {entry["window"]: entry["step_ms"] for entry in cells if entry["batch"] == 1}
-    return [
-        {**vars(entry), "step_ms": alone[entry.window], "predicted_s": entry.forwards * alone[entry.window] / 1e3}
-        for entry in geometry.published
-        if entry.window in alone
-    ]
+    """Seconds per picture, prompt and pixels left out: the loop's seconds per step times published forward passes.
+
+    Of a batch all pictures take as long; `images_per_s` is held against AR's with one picture and with as many.
+    """
+    loops = {(c["batch"], c["window"]): c["loop_ms"] / 1e3 for c in cells if c["entries"] == geometry.middle}
+    found = []
+    rates: dict[tuple[str, int], float] = {}
+    for batch in sorted({batch for batch, _ in loops}):
+        for entry in geometry.published:
+            if (batch, entry.window) in loops:
+                seconds = entry.forwards * loops[batch, entry.window]
+                rate = rates[entry.method, batch] = batch / seconds
+                alone, beside = rates.get(("AR", 1)), rates.get(("AR", batch))
+                found.append(
+                    {**vars(entry), "batch": batch, "step_ms": 1e3 * loops[batch, entry.window]}
+                    | {"predicted_s": seconds, "predicted_images_per_s": rate}
+                    | {"over_ar_alone": alone and rate / alone, "over_ar_beside": beside and rate / beside}
+                )
+    return found
+
+
+def judge(run: Run, geometry: Geometry, result: dict[str, Any]) -> None:
+    """Print what is predicted, and hold both against the goals."""
+    name = f"{geometry.name} (random weights)"
+    for entry in result["predicted"]:
+        run.say(
+            f"{name}, predicted: {entry['method']} B={entry['batch']}, {entry['forwards']} published forwards of "
+            f"{entry['step_ms']:.2f} ms (W={entry['window']}): {entry['predicted_s']:.2f} s, "
+            f"{entry['predicted_images_per_s']:.2f} images/s"
+        )
+        if geometry.picture_goal and (entry["method"], entry["batch"]) == ("SJD2", 1):
+            run.goal(f"{name}: predicted seconds of a picture", entry["predicted_s"], at_most=geometry.picture_goal)
+    for goal in geometry.floor_goals:
+        for found in result["cells"]:
+            if (found["batch"], found["window"], found["entries"]) == (1, goal.window, goal.entries or geometry.middle):
+                what = f"{name}: step of W={goal.window} at {found['entries']} entries over its floor"
+                run.goal(what, found["of_floor"], at_most=goal.ratio)
 
 
 def print_heading(run: Run, geometry: Geometry) -> None:
-    entries = geometry.prompt - 1 + geometry.middle
-    run.say(f"\n{geometry.name}, random weights, {run.dtype}, with guidance, {entries} entries cached per row")
     run.say(
-        f"{'decoder':8} {'B':>2} {'W':>4} {'step ms':>8} {'floor':>8} {'ratio':>6} {'products':>8} {'loop':>8} "
-        f"{'capture s':>9} {'graph MiB':>9} {'peak GiB':>8}"
+        f"\n{geometry.name}, random weights, {run.dtype}, with guidance; steps in mid-picture, where not said otherwise"
+    )
+    run.say(
+        f"{'decoder':8} {'B':>2} {'W':>4} {'entries':>7} {'step ms':>8} {'floor':>8} {'ratio':>6} {'products':>8} "
+        f"{'loop':>8} {'capture s':>9} {'graph MiB':>9} {'peak GiB':>8} {'estimate':>8}"
     )
 
 
@@ -210,7 +227,7 @@ def line(entry: dict[str, Any]) -> str:
     """A row of the table."""
     peak = f"{entry['peak_gib']:8.1f}" if entry["peak_gib"] is not None else f"{'–':>8}"
     return (
-        f"{entry['decoder']:8} {entry['batch']:2} {entry['window']:4} {entry['step_ms']:8.3f} {entry['floor_ms']:8.3f} "
-        f"{entry['of_floor']:6.2f} {entry['products_ms']:8.3f} {entry['loop_ms']:8.3f} {entry['capture_s']:9.2f} "
-        f"{entry['graph_mib']:9.0f} {peak}"
+        f"{entry['decoder']:8} {entry['batch']:2} {entry['window']:4} {entry['entries']:7} {entry['step_ms']:8.3f} "
+        f"{entry['floor_ms']:8.3f} {entry['of_floor']:6.2f} {entry['products_ms']:8.3f} {entry['loop_ms']:8.3f} "
+        f"{entry['capture_s']:9.2f} {entry['graph_mib']:9.0f} {peak} {entry['estimated_gib']:8.1f}"
     )

@@ -110,12 +110,14 @@ def core_weights(geometry: Geometry) -> int:
     return sum(parameter.numel() for name, parameter in outline.named_parameters() if name != "embedding")
 
 
-def step_work(geometry: Geometry, config: DecodeConfig, batch: int, width: int, dtype: torch.dtype) -> Work:
-    """One step of `batch` pictures in the middle, `width` inputs for each, twice with guidance."""
+def step_work(
+    geometry: Geometry, config: DecodeConfig, batch: int, width: int, dtype: torch.dtype, entries: int = 0
+) -> Work:
+    """One step of `batch` pictures, `width` inputs for each, twice with guidance; `entries` as in `seek`."""
     core = geometry.core
     rows = batch if config.guidance_scale == 1.0 else 2 * batch
     weights = core_weights(geometry)
-    entries = geometry.prompt - 1 + geometry.middle
+    entries = entries or geometry.middle
     cache = rows * (entries + width) * 2 * core.num_hidden_layers * core.num_key_value_heads * core.head_dim
     # A query multiplies with each key it sees once for its logit and once for its value.
     seen = width * entries + width * (width + 1) // 2

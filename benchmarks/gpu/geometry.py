@@ -33,8 +33,20 @@ class Published:
 
 
 @dataclass(frozen=True)
+class FloorGoal:
+    """How many times its floor a step of one picture may take; `entries`: cached per row, 0 = mid-picture."""
+
+    window: int
+    ratio: float
+    entries: int = 0
+
+
+@dataclass(frozen=True)
 class Geometry:
-    """Sizes of a published model; `vocabulary` counts the rows of the input table, `prompt` the inputs of a prompt."""
+    """Sizes of a published model; `vocabulary` counts the rows of the input table, `prompt` the inputs of a prompt.
+
+    picture_goal: seconds that a picture is predicted to take at most, at the published forwards of SJD2.
+    """
 
     name: str
     core: TransformerConfig
@@ -44,11 +56,13 @@ class Geometry:
     defaults: Mapping[str, Any]
     prompt: int
     published: tuple[Published, ...] = ()
+    floor_goals: tuple[FloorGoal, ...] = ()
+    picture_goal: float | None = None
 
     @property
     def middle(self) -> int:
-        """Accepted tokens when half of the picture is there."""
-        return len(self.layout) // 2
+        """Entries per row when half of the picture is there."""
+        return self.prompt - 1 + len(self.layout) // 2
 
     def config(self, decoder: str, window: int) -> DecodeConfig:
         """The family's default options, with guidance; prompts come as embeddings, so no negative one is read."""
@@ -72,14 +86,16 @@ def _lumina() -> Geometry:
     layout = layout_for(768, 768, 8192, 16, lumina=True)
     core = _llama(4096, 32, 32, 32, 11008, len(layout) + PROMPT_ROOM, qk_norm="layer")
     published = Published("AR", 2357, 1), Published("SJD", 1060, 96), Published("SJD2", 592, 96)
-    return Geometry("lumina-mgpt-7b", core, 65_536, 8192, layout, LUMINA_DEFAULTS, 96, published)
+    goals = FloorGoal(1, 1.15), FloorGoal(96, 1.25)
+    return Geometry("lumina-mgpt-7b", core, 65_536, 8192, layout, LUMINA_DEFAULTS, 96, published, goals, 4.0)
 
 
 def _emu3() -> Geometry:
     layout = picture_layout((720, 720), 32_768, 8)
     core = _llama(4096, 32, 32, 8, 14336, len(layout) + PROMPT_ROOM, rope_theta=1e6)
     published = Published("AR", 8193, 1), Published("SJD", 3528, 128), Published("SJD2", 1461, 128)
-    return Geometry("emu3-8b", core, 184_622, 32_768, layout, EMU3_DEFAULTS, 96, published)
+    goals = (FloorGoal(128, 1.4, entries=8000),)
+    return Geometry("emu3-8b", core, 184_622, 32_768, layout, EMU3_DEFAULTS, 96, published, goals)
 
 
 GEOMETRIES: dict[str, Geometry] = {
@@ -100,8 +116,9 @@ def tiny(geometry: Geometry) -> Geometry:
     )  # fmt: skip
     layout = TokenLayout.raster(8, 8, image_vocab=40)
     published = tuple(replace(entry, window=min(entry.window, 8)) for entry in geometry.published)
+    goals = tuple(replace(g, window=min(g.window, 8), entries=min(g.entries, 60)) for g in geometry.floor_goals)
     defaults = {**geometry.defaults, "top_k": 20}
-    return Geometry(geometry.name, core, 60, 40, layout, defaults, 5, published)
+    return Geometry(geometry.name, core, 60, 40, layout, defaults, 5, published, goals, geometry.picture_goal)
 
 
 def random_transformer(geometry: Geometry, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Transformer:
@@ -164,8 +181,9 @@ def mid_picture(
 
 
 @torch.inference_mode()
-def seek(slots: Slots, geometry: Geometry) -> None:
-    """Put every slot back to the middle of its picture, so that each measured step has the same work."""
-    slots.window.lengths.fill_(geometry.middle)
-    slots.cache.lengths.fill_(geometry.prompt - 1 + geometry.middle)
+def seek(slots: Slots, geometry: Geometry, entries: int = 0) -> None:
+    """Put every slot where its rows have `entries` (0: those of mid-picture): each measured step has the same work."""
+    entries = entries or geometry.middle
+    slots.window.lengths.fill_(entries - geometry.prompt + 1)
+    slots.cache.lengths.fill_(entries)
     slots.window.rows_done.zero_()

@@ -10,15 +10,17 @@ from torch import Tensor
 
 from sjd2_engine.transformer import Transformer, TransformerConfig
 
-from .decoding import Run, loop, loop_seconds, settle
-from .geometry import Geometry, RandomModel, mid_picture
+from .decoding import LOOPED, loop, loop_seconds
+from .geometry import Geometry, RandomModel, mid_picture, seek
+from .run import Run
 
 SHORT = 16  # tokens of the run that is subtracted: prompt and start
 COMPILING = 240.0  # seconds that torch.compile of a large model may take
+RATIO_GOAL = 20.0  # times that a picture is to be faster than with transformers
 
 
 def stored(geometry: Geometry, transformer: Transformer) -> dict[str, Tensor]:
-    """The weights under transformers' names, as views. The head of all ids is the input table: it costs as much."""
+    """The weights under transformers' names, as views. The input table is the head of all ids, too: as dear as one."""
     core, own = geometry.core, transformer.state_dict()
     heads = [core.num_attention_heads, core.num_key_value_heads]
     rows = [count * core.head_dim for count in (*heads, heads[1])]
@@ -75,6 +77,8 @@ def library_model(geometry: Geometry, transformer: Transformer) -> Any:
         raise ValueError(f"this transformers names weights otherwise: {missing[:3]}, {left.unexpected_keys[:3]}")
     if hasattr(model.model, "vqmodel"):
         model.model.vqmodel = None  # pictures are no input here, and its weights have no memory
+    if geometry.core.head_hidden:
+        model.lm_head = transformer.head  # of pictures alone, as the model's own generate has it
     device = transformer.embedding.device
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     return model.eval()
@@ -98,20 +102,20 @@ def ways(geometry: Geometry, device: torch.device) -> dict[str, dict[str, Any]]:
 def token_seconds(run: Run, model: Any, geometry: Geometry, options: dict[str, Any], count: int) -> float:
     """Seconds per token: a long run minus a short one, over the tokens between."""
     options = dict(options)
-    device = model.lm_head.weight.device
+    device = model.model.embed_tokens.weight.device
     shape = (options.pop("rows"), geometry.prompt)
     ids = torch.randint(2, geometry.vocabulary, shape, generator=torch.Generator().manual_seed(2)).to(device)
     if "guidance_scale" in options:
         options["negative_prompt_ids"] = ids[:, -1:]
 
     def seconds(tokens: int) -> float:
-        settle(run)
+        run.settle()
         began = time.perf_counter()
         found = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=geometry.defaults.get("top_k", 0),
             max_new_tokens=tokens, **options,
         )  # fmt: skip
-        settle(run)
+        run.settle()
         if found.shape[1] != geometry.prompt + tokens:
             raise ValueError(f"transformers drew {found.shape[1] - geometry.prompt} tokens instead of {tokens}")
         return time.perf_counter() - began
@@ -121,35 +125,57 @@ def token_seconds(run: Run, model: Any, geometry: Geometry, options: dict[str, A
     return max(seconds(short + count) - seconds(short), 1e-9) / count
 
 
-def compare(run: Run, geometry: Geometry, model: RandomModel, count: int = 200) -> dict[str, Any]:
-    """Seconds per token of each way and of the engine's AR, in one run."""
+def compare(run: Run, geometry: Geometry, model: RandomModel, count: int = 200) -> None:
+    """Seconds per token of each way and of the engine, in one run, and what both predict for a picture."""
     import transformers
 
-    own = own_seconds(run, geometry, model, count)
-    run.say(f"{geometry.name} (random weights): engine AR {1e3 * own:.2f} ms a token")
+    own = own_seconds(run, geometry, model)
+    entries: list[dict[str, Any]] = []
+    result = {
+        "model": geometry.name, "weights": "random", "transformers": transformers.__version__, "tokens": count,
+        "engine_step_ms": {str(window): 1e3 * seconds for window, seconds in own.items()}, "generate": entries,
+    }  # fmt: skip
+    run.results.append(result)
+    name = f"{geometry.name} (random weights)"
+    run.say(f"{name}: the engine's steps, " + ", ".join(f"W={w} {1e3 * s:.2f} ms" for w, s in own.items()))
     theirs = library_model(geometry, model.transformer)
-    entries = []
     for way, options in ways(geometry, run.device).items():
-        needed = COMPILING if way.endswith("compiled") else 60.0
-        if not run.has_time_for(way, 0 if run.smoke else needed):
+        if not run.has_time_for(way, COMPILING if way.endswith("compiled") else 60.0):
             continue
         seconds = token_seconds(run, theirs, geometry, options, count)
-        entries.append({"way": way, "token_ms": 1e3 * seconds, "engine_is_faster_by": seconds / own})
-        run.say(f"transformers, {way}: {1e3 * seconds:.2f} ms a token, {seconds / own:.1f}x the engine's AR")
-    del theirs
-    run.free()
-    return {
-        "model": geometry.name,
-        "weights": "random",
-        "transformers": transformers.__version__,
-        "tokens": count,
-        "engine_ar_ms": 1e3 * own,
-        "generate": entries,
-    }
+        entry = {"way": way, "token_ms": 1e3 * seconds, "engine_ar_is_faster_by": seconds / own[1]}
+        entry["predicted"] = predicted(geometry, own, seconds)
+        entries.append(entry)
+        run.say(f"{name}, transformers, {way}: {1e3 * seconds:.2f} ms a token, {seconds / own[1]:.1f}x the engine's AR")
+        for picture in entry["predicted"]:
+            run.say(
+                f"{name}, predicted: {picture['method']} {picture['engine_s']:.2f} s a picture, transformers' AR "
+                f"{picture['transformers_s']:.2f} s, {picture['ratio']:.1f}x"
+            )
+        run.save()
+    if geometry.picture_goal:
+        for entry in entries[:1]:  # guidance as users of transformers have it
+            ratio = next(picture["ratio"] for picture in entry["predicted"] if picture["method"] == "SJD2")
+            run.goal(f"{name}: predicted, SJD2 over transformers' generate, {entry['way']}", ratio, at_least=RATIO_GOAL)
 
 
-def own_seconds(run: Run, geometry: Geometry, model: RandomModel, count: int) -> float:
-    """Wall-clock seconds per token of the engine's AR loop with guidance, in the middle of a picture."""
-    slots = mid_picture(geometry, model, geometry.config("ar", 1), 1)
-    loop(slots, 3)
-    return loop_seconds(run, slots, min(count, len(geometry.layout) - geometry.middle - 4))
+def predicted(geometry: Geometry, own: dict[int, float], token: float) -> list[dict[str, Any]]:
+    """Seconds of a picture by the published forward passes, and of generate, which takes one per token."""
+    theirs = len(geometry.layout) * token
+    return [
+        {"method": entry.method, "engine_s": (ours := entry.forwards * own[entry.window]), "transformers_s": theirs}
+        | {"ratio": theirs / ours}
+        for entry in geometry.published
+    ]
+
+
+def own_seconds(run: Run, geometry: Geometry, model: RandomModel) -> dict[int, float]:
+    """Wall-clock seconds per step of the engine's loop by window, with guidance, in the middle of one picture."""
+    found = {}
+    for window in sorted({1} | {entry.window for entry in geometry.published}):
+        config = geometry.config("ar" if window == 1 else "jacobi", window)
+        slots = mid_picture(geometry, model, config, 1, run.attention)
+        loop(slots, 3)
+        seek(slots, geometry)
+        found[window] = loop_seconds(run, slots, 2 if run.smoke else LOOPED)
+    return found

@@ -10,8 +10,9 @@ from typing import Any
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from .decoding import Run, loop, settle
+from .decoding import loop
 from .geometry import Geometry, RandomModel, mid_picture, seek
+from .run import Run
 
 # First match wins; names of kernels on CUDA, of operators on the CPU.
 KINDS: tuple[tuple[str, str], ...] = (
@@ -22,6 +23,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("matrix products", r"gemm|gemv|cutlass|nvjet|xmma|cublas|splitk|matmul|aten::(mm|bmm|addmm|linear)|mkldnn"),
 )  # fmt: skip
 REST, GAPS = "other kernels", "gaps"
+GAPS_GOAL = 0.03
 Span = tuple[str, float, float]
 """Name, begin and end in microseconds."""
 
@@ -48,27 +50,35 @@ def shares(spans: Sequence[Span]) -> dict[str, float]:
 
 def breakdown(
     run: Run, geometry: Geometry, model: RandomModel, cells: Iterable[tuple[int, int]], count: int = 10
-) -> list[dict[str, Any]]:
+) -> None:
     """Shares, kernels per step and the dearest kernels for each (batch, window)."""
-    found = []
+    found: list[dict[str, Any]] = []
+    run.results.append({"model": geometry.name, "weights": "random", "cells": found})
     for batch, window in cells:
-        if not run.has_time_for(f"profile B={batch} W={window}", 0 if run.smoke else 60):
-            continue
         decoder = "ar" if window == 1 else "jacobi"
-        slots = mid_picture(geometry, model, geometry.config(decoder, window), batch)
-        loop(slots, 3)
-        seek(slots, geometry)
-        spans = recorded(run, lambda slots=slots: loop(slots, count))
+        what = f"{geometry.name} (random weights) {decoder} B={batch} W={window}"
+        if not run.has_time_for(f"profile of {what}", 60):
+            continue
+        spans = profiled(run, geometry, model, decoder, batch, window, count)
         entry = {"decoder": decoder, "batch": batch, "window": window, "steps": count, "shares": shares(spans)}
         entry["kernels_per_step"] = len(spans) / count
         entry["step_ms"] = (max(s[2] for s in spans) - min(s[1] for s in spans)) / 1e3 / count
         entry["dearest"] = dearest(spans, count)
         found.append(entry)
-        cut = ", ".join(f"{kind} {part:.1%}" for kind, part in entry["shares"].items())
-        run.say(f"{geometry.name} (random weights) {decoder} B={batch} W={window}: {cut}")
-        del slots
+        run.say(f"{what}: " + ", ".join(f"{kind} {part:.1%}" for kind, part in entry["shares"].items()))
+        run.goal(f"{what}: share of gaps between kernels", entry["shares"][GAPS], at_most=GAPS_GOAL)
+        run.save()
         run.free()
-    return found
+
+
+def profiled(
+    run: Run, geometry: Geometry, model: RandomModel, decoder: str, batch: int, window: int, count: int
+) -> list[Span]:
+    """What `count` steps of the engine's loop ran, in mid-picture and after a warm-up."""
+    slots = mid_picture(geometry, model, geometry.config(decoder, window), batch, run.attention)
+    loop(slots, 3)
+    seek(slots, geometry)
+    return recorded(run, lambda: loop(slots, count))
 
 
 def recorded(run: Run, call: Any) -> list[Span]:
@@ -76,7 +86,7 @@ def recorded(run: Run, call: Any) -> list[Span]:
     cuda = run.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         call()
-        settle(run)
+        run.settle()
     wanted = DeviceType.CUDA if cuda else DeviceType.CPU
     return [
         (event.name, float(event.time_range.start), float(event.time_range.end))
