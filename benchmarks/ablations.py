@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ import sjd2_engine
 from sjd2_engine import Engine
 from sjd2_engine.evaluation.intervals import Interval, bootstrap, paired
 from sjd2_engine.evaluation.prompts import Case, scene_cases
-from sjd2_engine.evaluation.records import read_records
+from sjd2_engine.evaluation.records import append_record, read_records
 from sjd2_engine.scenes.scene_eval import Score, Verdict, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +102,7 @@ EXPERIMENTS = {
     "guidance": _guidance,
     "weights": _weights,
 }
+GRIDS = ("coupling", "levels")
 
 
 def weights_digest(model: str) -> str:
@@ -182,39 +181,45 @@ def run(cells: Sequence[Cell], path: Path) -> None:
     cases = scene_cases(max(cell.pictures for cell in cells), SEED)
     path.parent.mkdir(parents=True, exist_ok=True)
     for cell, first in tqdm(todo, desc="ablations", unit="batch", disable=not sys.stderr.isatty()):
-        record = decode(engines[cell.weights], cell, cases, first)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_record(path, decode(engines[cell.weights], cell, cases, first))
 
 
-def table(cells: Sequence[Cell], records: Sequence[dict[str, Any]]) -> str:
-    """One experiment in Markdown; paired differences are to its first line."""
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
+
+
+def listing(cells: Sequence[Cell], records: Sequence[dict[str, Any]]) -> str:
+    """One line per setting: passes, and shares of right pictures where there are enough; differences to the first."""
     cases = scene_cases(max(cell.pictures for cell in cells), SEED)
-    head = ("setting", "pictures", "forwards", "compression", "SceneEval", "paired difference to the first line")
-    lines = ["| " + " | ".join(head) + " |", "|---|---:|---:|---:|---:|---:|"]
     base: Measured | None = None
+    rows = []
     for cell in cells:
         measured = Measured.of(cell, records)
         if measured is None:
-            lines.append(f"| {cell.label} | not measured | | | | |")
+            rows.append((cell.label, "not measured", "", "", "", ""))
             continue
         base = base or measured
-        score = measured.scene_eval(cases)
-        quality = Interval(score.score, score.low, score.high).text("{:.1f} %", 100)
-        shared = min(len(measured.correct), len(base.correct))
-        difference = paired(measured.correct[:shared], base.correct[:shared]).text("{:+.1f}", 100)
-        cells_of_line = (
-            cell.label,
-            str(cell.pictures),
-            f"{sum(measured.forward_passes) / cell.pictures:.1f}",
-            measured.compression().text("{:.2f}"),
-            quality,
-            "–" if measured is base else f"{difference} points",
-        )
-        lines.append("| " + " | ".join(cells_of_line) + " |")
-    return "\n".join(lines)
+        quality = difference = "–"
+        if cell.pictures > COUNTS:
+            score = measured.scene_eval(cases)
+            quality = Interval(score.score, score.low, score.high).text("{:.1f} %", 100)
+            if measured is not base:
+                difference = paired(measured.correct, base.correct).text("{:+.1f}", 100)
+        passes = bootstrap(measured.forward_passes)
+        compression = passes.inverse(measured.tokens).text("{:.2f}") if passes.low < passes.high else "1"
+        rows.append((cell.label, str(cell.pictures), f"{passes.value:.1f}", compression, quality, difference))
+    return _markdown(("setting", "pictures", "passes", "tokens per pass", "SceneEval", "difference, points"), rows)
+
+
+def grid(cells: Sequence[Cell], records: Sequence[dict[str, Any]]) -> str:
+    """Tokens per pass in a table of two options, which the labels name as `line, column`."""
+    values = {}
+    for cell in cells:
+        measured = Measured.of(cell, records)
+        values[tuple(cell.label.split(", ", 1))] = measured.compression().text("{:.2f}") if measured else "not measured"
+    lines, columns = (list(dict.fromkeys(key[i] for key in values)) for i in (0, 1))
+    return _markdown(("", *columns), ((line, *(values[line, column] for column in columns)) for line in lines))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -228,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         run([cell for cells in experiments.values() for cell in cells], options.results)
     records = usable(options.results)
     for name, cells in experiments.items():
-        print(f"## {name}\n\n{table(cells, records)}\n")
+        print(f"## {name}\n\n{(grid if name in GRIDS else listing)(cells, records)}\n")
     return 0
 
 

@@ -139,3 +139,16 @@ def test_figures_without_judged_pictures_and_with_one_cell(tmp_path: Path) -> No
     for name in ("v", "s", "t"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert np.asarray(image.convert("L")).std() > 5
+
+
+def test_decoders_with_the_same_pictures_show_them_once(tmp_path: Path) -> None:
+    red, blue, cost = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue"), np.full((4, 4), 0.5)
+    heights = {}
+    for name, pictures in {"same": [red, red], "other": [red, blue]}.items():
+        rows = [figures.CostMaps(str(i), [picture], [cost], cost) for i, picture in enumerate(pictures)]
+        figures.acceptance_maps(rows, tmp_path / f"{name}.png", "where")
+        with Image.open(tmp_path / f"{name}.png") as image:
+            heights[name] = image.height
+            colours = {pixel for _, pixel in image.convert("RGB").getcolors(2**24) or []}
+        assert (255, 0, 0) in colours and ((0, 0, 255) in colours) == (name == "other")
+    assert heights["other"] > heights["same"] + 150

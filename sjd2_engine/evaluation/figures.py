@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap, to_rgb
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap, Normalize, to_rgb
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
@@ -28,38 +29,52 @@ def _bare(axis) -> None:
         spine.set_visible(False)
 
 
-def acceptance_maps(
-    pictures: Sequence[Image.Image],
-    maps: Mapping[str, Sequence[np.ndarray]],
-    means: Mapping[str, np.ndarray],
-    path: str | Path,
-    subtitle: str,
-) -> None:
-    """Pictures above, below each the passes that a decoder spent on its tokens; the mean over all pictures at the end.
+@dataclass(frozen=True)
+class CostMaps:
+    """A decoder's pictures, the passes it spent on their tokens (float [rows, columns] each), a mean over more."""
 
-    maps: label -> one float [rows, columns] per picture; means: label -> the mean map over more pictures.
-    """
-    columns, lines = len(pictures) + 1, len(maps) + 1
-    size = (1.5 * columns + 1.6, 1.5 * lines + 0.2)
-    with canvas(path, lines, columns, figsize=size, squeeze=False, layout="constrained") as (figure, grid):
+    label: str
+    pictures: Sequence[Image.Image]
+    maps: Sequence[np.ndarray]
+    mean: np.ndarray
+
+
+def acceptance_maps(rows: Sequence[CostMaps], path: str | Path, subtitle: str) -> None:
+    """Every decoder's maps, below the pictures that they belong to; the mean over all pictures at the end."""
+    lines: list[CostMaps | Sequence[Image.Image]] = []
+    above: list[bytes] = []
+    for row in rows:
+        # Decoders that give the same tokens draw the same pictures: once is enough.
+        if (pixels := [picture.tobytes() for picture in row.pictures]) != above:
+            lines.append(row.pictures)
+        lines.append(row)
+        above = pixels
+    columns = len(rows[0].pictures) + 1
+    size = (1.5 * columns + 1.6, 1.5 * len(lines) + 0.2)
+    with canvas(path, len(lines), columns, figsize=size, squeeze=False, layout="constrained") as (figure, grid):
         for axis in grid.flat:
             _bare(axis)
-        for axis, picture in zip(grid[0], pictures):
-            axis.imshow(np.asarray(picture.convert("RGB")))
-        grid[0, -1].text(
-            0.5, 0.02, "mean of all", ha="center", va="bottom", color=SOFT, transform=grid[0, -1].transAxes
+        for axes, line in zip(grid, lines):
+            if isinstance(line, CostMaps):
+                _map_line(axes, line)
+            else:
+                for axis, picture in zip(axes, line):
+                    axis.imshow(np.asarray(picture.convert("RGB")))
+        last = grid[0, -1]
+        last.text(0.5, 0.02, "mean of all", ha="center", va="bottom", color=SOFT, transform=last.transAxes)
+        bar = figure.colorbar(
+            ScalarMappable(Normalize(0, 1), COST), ax=grid.ravel().tolist(), shrink=0.6, aspect=26, pad=0.02
         )
-        shown = None
-        for line, (label, found) in zip(grid[1:], maps.items()):
-            for axis, cost in zip(line, [*found, means[label]]):
-                shown = axis.imshow(cost, cmap=COST, vmin=0, vmax=1)
-                axis.set_xlabel(f"{cost.mean():.2f}", fontsize=8, labelpad=2)
-            line[0].set_ylabel(label, fontsize=9.5, fontweight="bold", color=INK, rotation=0, ha="right", va="center")
-        if shown is not None:
-            bar = figure.colorbar(shown, ax=grid[1:].ravel().tolist(), shrink=0.8, aspect=22, pad=0.02)
-            bar.set_label("forward passes per token")
-            bar.outline.set_visible(False)
+        bar.set_label("forward passes per token")
+        bar.outline.set_visible(False)
         heading(figure, "Where decoding is slow", subtitle)
+
+
+def _map_line(axes, row: CostMaps) -> None:
+    for axis, cost in zip(axes, [*row.maps, row.mean]):
+        axis.imshow(cost, cmap=COST, vmin=0, vmax=1)
+        axis.set_xlabel(f"{cost.mean():.2f}", fontsize=8, labelpad=2)
+    axes[0].set_ylabel(row.label, fontsize=9.5, fontweight="bold", color=INK, rotation=0, ha="right", va="center")
 
 
 @dataclass(frozen=True)

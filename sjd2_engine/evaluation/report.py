@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..config import AUTO
 from ..engine import Engine
 from ..errors import BackendError
 from ..files import replace_file
@@ -128,7 +129,7 @@ def _comparison(result: BenchResult, folder: Path) -> list[Figure]:
     return [
         Figure(
             "speedup.png",
-            "Fewer passes, less time",
+            "Passes saved and time saved",
             "Step compression is what the decoder saves in forward passes, speed-up what is left of it on this device, "
             "where a wide pass costs more than a narrow one.",
         ),
@@ -149,19 +150,15 @@ def _label(row: Contender) -> str:
 def _watched(
     plan: Plan, rows: Sequence[Contender], result: BenchResult, folder: Path, data: dict[str, Any], progress: Progress
 ) -> list[Figure]:
+    rows = [row for row in rows if row.config.window != AUTO and row.config.width > 1]
+    if not rows:
+        return []
     contenders = [(_label(row), row.engine, row.config) for row in rows]
     watched = studies.watch_all(contenders, plan.cases[: studies.WATCHED], plan.seed, _batch(plan), progress("watch"))
-    if not watched:
-        return []
-    count = min(MAP_PICTURES, len(plan.cases))
-    # Pictures of a tuned decoder where there is one: its maps are the sharpest.
-    source = next((row for row in reversed(rows) if row.config.width > 1), rows[0])
-    pictures = [source.images[i] for i in range(count)]
-    used = min(studies.WATCHED, len(plan.cases))
+    count, used = min(MAP_PICTURES, len(plan.cases)), min(studies.WATCHED, len(plan.cases))
+    shown = [[row.images[i] for i in range(count)] for row in rows]
     figures.acceptance_maps(
-        pictures,
-        {w.label: w.maps[:count] for w in watched},
-        {w.label: w.mean for w in watched},
+        [figures.CostMaps(w.label, pictures, w.maps[:count], w.mean) for w, pictures in zip(watched, shown)],
         folder / "acceptance_map.png",
         f"a pass that accepts n tokens costs each of them 1/n; mean over {used} pictures; {_where(result)}",
     )
@@ -177,8 +174,8 @@ def _watched(
         Figure(
             "acceptance_map.png",
             "Where decoding is slow",
-            "Dark tokens needed a pass of their own, pale ones came many at a time; below each map its mean. The "
-            "pictures are those of the table's last decoder.",
+            "Dark tokens needed a pass of their own, pale ones came many at a time; below each map its mean. Above the "
+            "maps are the decoder's pictures, where they are not those of the decoder before it.",
             photos=True,
         ),
         Figure(

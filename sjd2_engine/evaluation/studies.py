@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..config import AUTO, DecodeConfig
+from ..config import DecodeConfig
 from ..engine import Engine
 from ..scenes.scene_eval import Verdict, summarise
 from .experiments import Decoded, denoise_and_test, denoise_only
 from .figures import SweepCell, Variant
 from .intervals import Interval, bootstrap, median
-from .plots import HUES
+from .plots import HUES, OTHER_HUES
 from .prompts import Case
 from .traces import Trace, cost_map, watch
 
@@ -45,9 +45,9 @@ def watch_all(
     batch: int,
     progress: Progress,
 ) -> list[Watched]:
-    """Watch every decoder that accepts more than one token; window="auto" has no one width to show."""
+    """Watch every decoder on all cases; fixed windows only, as "auto" has no one width to show."""
     found = []
-    for label, engine, config in progress([c for c in contenders if c[2].window != AUTO and c[2].width > 1]):
+    for label, engine, config in progress(contenders):
         traces: list[Trace] = []
         for part, seeds in _batches(cases, seed, batch):
             traces += watch(engine, config, [case.text for case in part], seeds)
@@ -112,7 +112,7 @@ def take_parts(
         drawn = [draw([c.text for c in part], seeds) for part, seeds in _batches(cases, seed, batch)]
         tokens, passes = torch.cat([d.tokens for d in drawn]), [n for d in drawn for n in d.forward_passes]
         pictures = [_picture(engine, row) for row in tokens]
-        hue = HUES["ar"] if label == "AR" else HUES["sjd2"] if label.startswith("SJD2") else HUES["jacobi"]
+        hue = HUES["ar"] if label == "AR" else HUES["sjd2"] if label.startswith("SJD2") else OTHER_HUES[0]
         name = label if label in ("AR",) else f"{label} ({levels} level{'s' * (levels > 1)})"
         rows[label] = Variant(name, bootstrap(passes), share_of(cases, pictures), hue)
         images[label] = pictures[:shown]
