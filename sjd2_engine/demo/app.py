@@ -31,6 +31,7 @@ from .race import FRAME_S, Frame, LaneView, Race
 from .style import CSS, DARK
 
 USER = "sjd2"
+ALL = "Download all as a zip file"
 KEPT = 24  # pictures in a visitor's gallery
 RACES = 2  # at the same time; others wait
 MAX_SEED = 2**31 - 1
@@ -76,17 +77,19 @@ def build_page(service: ImageService) -> gr.Blocks:
             prompt = gr.Textbox(
                 examples[0], label="Prompt", scale=6, max_length=service.limits.prompt_chars, elem_id="prompt"
             )
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, scale=1, min_width=110)
-            dice = gr.Button("Another seed", scale=1, min_width=120)
-            go = gr.Button("Race", variant="primary", scale=1, min_width=120, elem_id="go")
-            stop = gr.Button("Stop", scale=1, min_width=90)
+            seed = gr.Number(3, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, scale=1, min_width=120)
+            with gr.Column(scale=2, min_width=220):
+                go = gr.Button("Race", variant="primary", elem_id="go")
+                with gr.Row():
+                    dice = gr.Button("Another seed", size="sm", min_width=100)
+                    stop = gr.Button("Stop", size="sm", min_width=80)
         gr.Examples([[text] for text in examples], prompt, label="Prompts to try")
         scene = gr.HTML(waiting("Press Race."), elem_id="stage")
         gallery = gr.Gallery(
-            label="Gallery", columns=6, height="auto", format="png", elem_id="gallery",
-            buttons=["download", "fullscreen"], interactive=False,
+            label="Gallery", columns=6, height="auto", object_fit="cover", format="png", visible=False,
+            interactive=False, buttons=["download", "fullscreen"], elem_id="gallery",
         )  # fmt: skip
-        download = gr.DownloadButton("Download all as zip", interactive=False, elem_id="download")
+        download = gr.DownloadButton(ALL, visible=False, elem_id="download")
         dice.click(lambda: random.randrange(MAX_SEED), None, seed, api_visibility="private")
         # A second race on one page would draw over the first: the click is ignored until that is over.
         begun = gr.on(
@@ -121,8 +124,9 @@ def _show(service: ImageService) -> Callable[..., Iterator[Any]]:
             pictures = [(Image.open(io.BytesIO(png)), caption) for png, caption in kept]
             with tempfile.TemporaryDirectory(prefix="sjd2-") as folder:
                 # The page copies the file before it asks for more, so it need not stay.
-                archive = gr.DownloadButton(str(_archive(Path(folder), kept)), interactive=True)
-                yield stage(facts.layout, facts.image_size, last), pictures, kept, archive
+                archive = gr.DownloadButton(ALL, str(_archive(Path(folder), kept)), visible=True)
+                final = stage(facts.layout, facts.image_size, last)
+                yield final, gr.Gallery(pictures, visible=True), kept, archive
 
     return show
 

@@ -8,6 +8,7 @@ import html
 import io
 import math
 
+import torch
 from PIL import Image
 
 from ..layout import TokenLayout
@@ -15,9 +16,9 @@ from .race import Frame, LaneView
 
 TITLES = {
     "ar": ("AR", "one token per forward pass"),
-    "jacobi": ("Jacobi", "guesses a window, keeps what the model repeats"),
-    "sjd": ("SJD", "guesses a window, accepts guesses by chance"),
-    "sjd2": ("SJD2", "denoises a window of guesses while it waits"),
+    "jacobi": ("Jacobi", "guesses ahead, keeps what stays the same"),
+    "sjd": ("SJD", "guesses ahead, accepts by likelihood"),
+    "sjd2": ("SJD2", "guesses ahead, denoises its guesses"),
 }
 WIDEST = 384  # pixels of a picture on the page; downloads have all of them
 
@@ -45,15 +46,30 @@ def grid(layout: TokenLayout, image_size: tuple[int, int]) -> tuple[int, int]:
 
 def _clock(frame: Frame) -> str:
     seconds = max(lane.seconds for lane in frame.lanes)
-    pace = "as fast as it runs" if frame.slow_motion == 1 else f"shown {frame.slow_motion:.0f}× slower than it runs"
-    return (
-        f'<div class="clock"><b>{seconds:.2f} s</b><span>on each decoder’s own clock · '
-        f"{pace}{' · finished' if frame.over else ''}</span></div>"
-    )
+    said = "on each decoder’s own clock"
+    if frame.over:
+        said += "".join(f" · {_title(lane)} drew AR’s picture, token for token" for lane in _twins(frame))
+    elif frame.slow_motion >= 1.5:
+        said += f" · shown {frame.slow_motion:.0f}× slower than it runs"
+    return f'<div class="clock"><b>{seconds:.2f} s</b><span>{said}</span></div>'
+
+
+def _twins(frame: Frame) -> list[LaneView]:
+    """Lanes whose picture has the tokens of AR's."""
+    pictures = {lane.config.decoder: lane.picture for lane in frame.lanes}
+    plain = pictures.get("ar")
+    others = [lane for lane in frame.lanes if lane.config.decoder != "ar"]
+    if plain is None or plain.failure is not None:
+        return []
+    return [lane for lane in others if lane.picture and torch.equal(lane.picture.tokens, plain.tokens)]
+
+
+def _title(lane: LaneView) -> str:
+    return TITLES[lane.config.decoder][0]
 
 
 def _card(lane: LaneView, layout: TokenLayout, rows: int, columns: int, leader: int, slowest: float) -> str:
-    title, saying = TITLES.get(lane.config.decoder, (lane.config.decoder, ""))
+    title, saying = TITLES[lane.config.decoder]
     failed = lane.picture is not None and lane.picture.failure is not None
     state = "failed" if failed else "done" if lane.picture else "leading" if 0 < lane.length == leader else ""
     badge = ""
@@ -66,31 +82,28 @@ def _card(lane: LaneView, layout: TokenLayout, rows: int, columns: int, leader: 
     share = 100 * lane.length / lane.total
     return (
         f'<article class="lane {state}" data-decoder="{lane.config.decoder}">'
-        f"<header><h3>{title}</h3><p>{saying}</p>{badge}</header>"
+        f"<header><h3>{title}</h3>{badge}<p>{saying}</p></header>"
         f'<div class="picture">{picture}{_cells(lane, layout, rows, columns)}</div>'
         f'<div class="progress"><b style="width:{share:.1f}%"></b></div>{_strip(lane)}{_figures(lane)}</article>'
     )
 
 
 def _cells(lane: LaneView, layout: TokenLayout, rows: int, columns: int) -> str:
-    """What is still missing, and the drafts of the window where they will stand."""
-    if lane.picture is not None:
-        return ""
+    """Over the picture: a tint where tokens are only guessed, noise levels, and a cover over what is missing."""
     places = _places(layout)
-    first = next((places[position] for position in range(lane.length, lane.total) if places[position] >= 0), None)
-    if first is None:
-        return ""
-    row, column = divmod(first, columns)
-    parts = [f'<path class="missing" d="M{column} {row}H{columns}V{row + 1}H{column}z'
-             f'M0 {row + 1}H{columns}V{rows}H0z"/>']  # fmt: skip
-    for index, level in enumerate(lane.levels):
-        place = places[lane.length + index] if lane.length + index < lane.total else -1
+    drawn = lane.length + next((i for i, level in enumerate(lane.levels) if level >= 0), len(lane.levels))
+    parts = []
+    first = next((place for place in places[drawn:] if place >= 0), None)
+    if first is not None:
+        row, column = divmod(first, columns)
+        outline = f"M{column} {row}H{columns}V{row + 1}H{column}zM0 {row + 1}H{columns}V{rows}H0z"
+        parts.append(f'<path class="missing" d="{outline}"/>')
+    for place, level in zip(places[lane.length :], lane.levels):
         if place >= 0:
             row, column = divmod(place, columns)
-            x, y = column + 0.06, row + 0.06
-            parts.append(f'<rect x="{x}" y="{y}" width=".88" height=".88" rx=".16" fill="{_colour(lane, level)}"/>')
-    shape = f'viewBox="0 0 {columns} {rows}" preserveAspectRatio="none"'
-    return f"<svg {shape}>{''.join(parts)}</svg>"
+            shape = f'x="{column + 0.06:.2f}" y="{row + 0.06:.2f}" width=".88" height=".88" rx=".16"'
+            parts.append(f'<rect class="{"guess" if level < 0 else "noisy"}" {shape} fill="{_colour(lane, level)}"/>')
+    return f'<svg viewBox="0 0 {columns} {rows}" preserveAspectRatio="none">{"".join(parts)}</svg>' if parts else ""
 
 
 @functools.lru_cache(maxsize=4)
@@ -128,9 +141,9 @@ def _colour(lane: LaneView, level: int) -> str:
 def _figures(lane: LaneView) -> str:
     rate = lane.length / lane.forward_passes if lane.forward_passes else 0.0
     figures = (
-        (f"{lane.forward_passes}", "forward passes"),
+        (f"{lane.forward_passes}", "passes"),
         (f"{lane.seconds:.2f}", "seconds"),
-        (f"{rate:.1f}", "tokens per pass"),
+        (f"{rate:.1f}", "tokens/pass"),
     )
     return "<dl>" + "".join(f"<div><dd>{value}</dd><dt>{name}</dt></div>" for value, name in figures) + "</dl>"
 

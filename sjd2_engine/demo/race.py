@@ -28,7 +28,7 @@ class LaneView:
 
     seconds: spent in its own passes alone. length: accepted of `total` positions. accepted: by its last pass.
     levels: noise level of each draft in the window, −1 = a token; empty for plain AR and when it is over.
-    image: of what is accepted, arbitrary elsewhere. picture: what came out, once it is over.
+    image: of what is accepted and guessed, arbitrary elsewhere. picture: what came out, once it is over.
     """
 
     config: DecodeConfig
@@ -94,18 +94,25 @@ class _Lane:
     def view(self) -> LaneView:
         """This lane as it is now; the time for it is not on its clock."""
         if self._view is None:
-            slots, picture = self.session.slots, self.picture
-            levels = () if picture else slots.window.inputs().levels[0, 1:].tolist()
-            if picture and picture.image:
-                image = picture.image
-            else:
-                pixels = self.engine.model.decode_pixels(slots.image_tokens(0)[None])
-                image = Image.fromarray(pixels[0].cpu().numpy())
-            total, length = len(self.engine.model.layout), int(slots.window.lengths[0])
+            levels = () if self.picture else tuple(self.session.slots.window.inputs().levels[0, 1:].tolist())
+            image = self.picture.image if self.picture else None
+            total, length = len(self.engine.model.layout), int(self.session.slots.window.lengths[0])
             self._view = LaneView(
-                self.config, self.seconds, self.passes, length, total, self.accepted, tuple(levels), image, picture
-            )
+                self.config, self.seconds, self.passes, length, total, self.accepted, levels, image or self._so_far(),
+                self.picture,
+            )  # fmt: skip
         return self._view
+
+    def _so_far(self) -> Image.Image:
+        """Accepted tokens, and the window's guesses where they are tokens."""
+        window, layout = self.session.slots.window, self.engine.model.layout
+        inputs, tokens = window.inputs(), window.tokens.clone()
+        drafts, positions = inputs.tokens[0, 1:].tolist(), inputs.positions[0, 1:].tolist()
+        for token, position in zip(drafts, positions):
+            if token >= 0 and position < len(layout):
+                tokens[0, position] = token
+        pixels = self.engine.model.decode_pixels(layout.image_tokens(tokens).clamp(min=0))
+        return Image.fromarray(pixels[0].cpu().numpy())
 
 
 class Race:
@@ -164,7 +171,7 @@ class Race:
             if self._stopped:
                 return
             lane = min(racing, key=lambda lane: lane.seconds)
-            if lane.seconds >= due:
+            if lane.seconds > 0 and lane.seconds >= due:  # before its first pass a lane shows what it drew last
                 self._posted.put(Frame(tuple(lane.view() for lane in lanes), slow_motion))
                 due = lane.seconds + FRAME_S / slow_motion
             lane.step()

@@ -1,7 +1,8 @@
 """How the page looks; no font or script comes from elsewhere."""
 
 CSS = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto; background: transparent !important; }
+.html-container { padding: 0 !important; }
+.gradio-container { max-width: 1180px !important; margin: 0 auto; background: transparent !important; }
 body, gradio-app { background:
   radial-gradient(60rem 30rem at 85% -10%, #312e8155, transparent 70%),
   radial-gradient(50rem 30rem at 0% 0%, #0e749044, transparent 70%), #0b1020 !important; }
@@ -32,6 +33,7 @@ body, gradio-app { background:
 .race .picture img, .race .picture svg { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0;
   object-fit: fill; }
 .race .missing { fill: #0a0f1d; }
+.race .guess { fill-opacity: .3; stroke: #7dd3fc; stroke-opacity: .75; stroke-width: .05; }
 .race .progress { height: 4px; border-radius: 2px; background: #1e293b; overflow: hidden; }
 .race .progress b { display: block; height: 100%; background: linear-gradient(90deg, #38bdf8, #818cf8); }
 .race .done .progress b { background: #10b981; }
@@ -44,7 +46,7 @@ body, gradio-app { background:
 .race dl { display: grid; grid-template-columns: repeat(3, 1fr); gap: .5rem; margin: 0; }
 .race dl div { background: #0b1122; border-radius: 10px; padding: .45rem .6rem; }
 .race dd { margin: 0; font-size: 1.25rem; font-weight: 650; color: #f8fafc; }
-.race dt { color: #7b8aa6; font-size: .74rem; }
+.race dt { color: #7b8aa6; font-size: .72rem; white-space: nowrap; }
 .race .legend { display: flex; flex-wrap: wrap; gap: .5rem 1.6rem; margin: .9rem .2rem 0; color: #94a3b8;
   font-size: .84rem; }
 .race .legend span { display: inline-flex; align-items: center; gap: .45rem; }
@@ -52,6 +54,8 @@ body, gradio-app { background:
 .race .legend .noise { width: 42px; background:
   linear-gradient(90deg, hsl(235 85% 68%), hsl(285 85% 68%), hsl(340 85% 68%)); }
 .race .legend .open { background: #0a0f1d; border: 1px solid #334155; }
+#gallery, #gallery .grid-wrap { min-height: 0 !important; height: auto !important; }
+#gallery .grid-container { padding-top: 1.6rem; }
 """
 # The page has one look, whatever the browser prefers.
 DARK = "() => { document.body.classList.add('dark'); }"
