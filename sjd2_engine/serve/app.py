@@ -37,7 +37,7 @@ from .service import ClientGone, Done, Failed, ImageService, Job, Preview
 CLIENT_CLOSED = 499  # as nginx logs it; nobody reads this answer
 ERRORS: dict[int | str, Any] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 BEARER = HTTPBearer(auto_error=False, description="The value of SJD2_API_KEY where the server runs.")
-EVENT_STREAM = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+EVENT_STREAM: dict[int | str, Any] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
 def create_app(service: ImageService, api_key: str | None = None) -> FastAPI:
