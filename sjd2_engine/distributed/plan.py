@@ -12,11 +12,12 @@ from typing import Any
 
 from .. import __version__
 from ..config import DecodeConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..files import picture_facts, picture_path
 from ..models import LoadOptions, describe_model
 from .prompts import Item
 
+DEVICES = ("auto", "cpu", "cuda")
 PER_FOLDER = 1000  # pictures per sub-folder: a million in one folder is slow on every file system
 
 
@@ -79,6 +80,9 @@ def _common_facts(plan: Plan, negative_prompt: str | None) -> dict[str, str]:
 
 def make_plan(model: str, out: Path, run: str, **given: Any) -> Plan:
     """A checked plan, without loading weights; raises ConfigError and CheckpointError."""
+    device = given.get("device", "auto")
+    if device not in DEVICES:
+        raise ConfigError(f"--device {device}: expected {', '.join(DEVICES)}; Ray gives every worker a GPU of its own")
     place = str(Path(model).resolve()) if Path(model).is_dir() else model
     options = LoadOptions(given.get("image_size"), given.get("allow_pickle", False))
     facts = describe_model(place, options)
