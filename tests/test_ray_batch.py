@@ -337,6 +337,7 @@ class Killer(threading.Thread):
             time.sleep(0.02)
 
 
+@pytest.mark.slow  # some ten seconds: workers start anew, and import torch
 def test_a_worker_killed_midway_costs_nothing(address: str, tmp_path: Path) -> None:
     items = items_of(PROMPTS * 4)
     killer = Killer(tmp_path)
@@ -367,6 +368,7 @@ def wait_for_pictures(process: subprocess.Popen[str], out: Path, count: int) -> 
         time.sleep(0.02)
 
 
+@pytest.mark.slow  # some ten seconds: a driver and two workers start
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_driver_stopped_or_killed_is_resumed(how: signal.Signals, address: str, tmp_path: Path) -> None:
     prompts, out = tmp_path / "p.txt", tmp_path / "out"
@@ -388,14 +390,21 @@ def test_a_driver_stopped_or_killed_is_resumed(how: signal.Signals, address: str
     assert {line["picture"] for line in manifest_of(out)} == set(after) and len(after) == 20
 
 
+@pytest.mark.slow  # some ten seconds: workers start anew, and import torch
 def test_a_prompt_that_kills_is_named_and_the_others_are_drawn(address: str, tmp_path: Path) -> None:
     class Fragile(Worker):
-        """Dies, as of a fault in a kernel, when it is about to draw one certain prompt."""
+        """Dies, as of a fault in a kernel, when one certain prompt gets a slot."""
 
-        def _decode(self, items, drawn) -> None:
+        def _begins(self, items) -> None:
             if any(item.prompt == "three green stars" for item in items):
                 os.kill(os.getpid(), signal.SIGKILL)
-            super()._decode(items, drawn)
+
+        def _pictures(self, items):
+            batch = self.plan.config().max_batch
+            self._begins(items[:batch])
+            for freed, finished in enumerate(super()._pictures(items)):
+                yield finished
+                self._begins(items[batch + freed : batch + freed + 1])
 
     summary = run_batch(plan_for(tmp_path), items_of(PROMPTS), workers=1, worker_class=Fragile)
     assert [failure["id"] for failure in summary["failures"]] == ["2"]
