@@ -8,6 +8,7 @@ PART is one of
     transformers  transformers' generate on the same weights in the same run, against the engine
     scenes        the bundled model end to end: every decoder, with and without graphs, tokens compared
     sync          the decoding loop where waiting for the device is an error
+    floors        the floors by formula, from --copy and --matmul; needs no GPU
 Each ends within --budget seconds: what does not fit is left out, and the document says so; so give every model a run of
 its own. --smoke runs everything in sizes that a CPU does at once. The last line of stdout is one JSON document, which
 --out holds as well, from the first figures on. Exit status: 0 fine, 1 tokens differ or the host waited, 2 no GPU.
@@ -26,7 +27,7 @@ import torch
 
 from benchmarks.gpu import bundled, decoding, library, profiling
 from benchmarks.gpu.document import dump, write
-from benchmarks.gpu.floors import measure_rates
+from benchmarks.gpu.floors import Rates, measure_rates
 from benchmarks.gpu.geometry import GEOMETRIES, Geometry, random_model, tiny
 from benchmarks.gpu.run import Run
 from sjd2_engine.attention import BACKENDS
@@ -41,13 +42,14 @@ Part = Callable[[Run, Sequence[Geometry], dict[str, Any]], None]
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parsed(argv)
-    if not torch.cuda.is_available() and not options.smoke:
+    if not torch.cuda.is_available() and not options.smoke and options.part != "floors":
         print("decode_gpu needs a CUDA device, and torch sees none: --smoke runs tiny sizes here", file=sys.stderr)
         return 2
     began = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    run = Run(device, dtype, began + options.budget, options.smoke, options.attention)
+    assumed = Rates(options.copy * 1e9, options.matmul * 1e12)
+    run = Run(device, dtype, began + options.budget, options.smoke, options.attention, assumed)
     document: dict[str, Any] = {
         "part": options.part, "device": device_name(device), "dtype": str(dtype).removeprefix("torch."),
         "attention": options.attention, "versions": versions(), "commit": commit(), "smoke": options.smoke,
@@ -73,6 +75,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", type=names, default=["lumina-mgpt-7b"], help=f"of {', '.join(GEOMETRIES)}")
     parser.add_argument("--attention", choices=("auto", *BACKENDS), default="auto", help="of steps and profile")
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds (default {BUDGET})")
+    parser.add_argument("--copy", type=float, default=3000.0, help="GB/s that floors assumes (default 3000)")
+    parser.add_argument("--matmul", type=float, default=600.0, help="TFLOP/s that floors assumes (default 600)")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on whatever there is")
     parser.add_argument("--out", type=Path, help="write the JSON document here as well")
     return parser.parse_args(argv)
@@ -119,6 +123,14 @@ def sync(run: Run, geometries: Sequence[Geometry], document: dict[str, Any]) -> 
     document["passed"] = bundled.waits(run, ("jacobi",)) if run.smoke else bundled.waits(run)
 
 
+def floors(run: Run, geometries: Sequence[Geometry], document: dict[str, Any]) -> None:
+    assert run.assumed is not None
+    document.update(device="none: by formula", dtype="bfloat16")
+    document.update(copy_gb_s=run.assumed.copy / 1e9, matmul_tflop_s=run.assumed.matmul / 1e12)
+    for geometry in geometries:
+        decoding.floors(run, geometry, run.assumed)
+
+
 def per_model(run: Run, geometries: Sequence[Geometry], part: Callable[[Geometry], None]) -> None:
     """A part for each geometry, as long as there is time; each model's memory is free before the next is made."""
     for geometry in geometries:
@@ -133,6 +145,7 @@ PARTS: dict[str, Part] = {
     "transformers": transformers,
     "scenes": scenes,
     "sync": sync,
+    "floors": floors,
 }
 
 if __name__ == "__main__":

@@ -255,3 +255,22 @@ def test_the_gpu_check_runs_the_engines_tests_first() -> None:
     assert others[:2] == ["-m", "gpu"] and any(path.endswith("test_attention.py") for path in others)
     assert all(Path(path).is_file() for path in (*first, *others[2:]))
     assert sum("test_triton_" in path for path in kernels) >= 6
+
+
+def test_floors_in_the_documents(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/performance.md repeats what the command beside its table prints, which needs no GPU."""
+    assert decode_gpu.main(["floors", "--models", ",".join(GEOMETRIES)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    cells = {
+        (result["model"], cell["batch"], cell["window"], cell["entries"]): cell
+        for result in found["results"] for cell in result["cells"]
+    }  # fmt: skip
+    text = (KERNELS.parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
+    row = r"^\| ([a-z0-9-]+b)(?:, ([\d,]+) entries)? \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) ms \|"
+    rows = re.findall(row, text, re.M)
+    assert len(rows) > 10
+    for name, entries, batch, window, *numbers in rows:
+        entries = int(entries.replace(",", "")) if entries else GEOMETRIES[name].middle
+        cell = cells[name, int(batch), int(window), entries]
+        got = f"{cell['gigabytes']:.1f}", f"{cell['teraflop']:.2f}", f"{cell['floor_ms']:.2f}"
+        assert got == tuple(numbers), (name, batch, window)

@@ -28,18 +28,14 @@ Point = tuple[int, int]
 def steps(
     run: Run, geometry: Geometry, rates: Rates, widths: Sequence[int] = WIDTHS, batches: Sequence[int] = BATCHES
 ) -> None:
-    """Every width and batch, AR for a width of 1 and the Jacobi decoder above, in the middle of the picture.
-
-    With one picture also where a goal asks for other cache lengths.
-    """
+    """Every width and batch: AR for a width of 1, the Jacobi decoder above."""
     model = random_model(geometry, run.device, run.dtype)
     cells: list[dict[str, Any]] = []
     result = {"model": geometry.name, "weights": "random", "cells": cells, "predicted": []}
     run.results.append(result)
     print_heading(run, geometry)
-    late = [(goal.window, goal.entries) for goal in geometry.floor_goals if goal.entries]
     for batch in batches:
-        points = [(width, 0) for width in widths] + (late if batch == 1 else [])
+        points = points_of(geometry, widths, batch)
         for decoder, chosen in (("ar", [p for p in points if p[0] == 1]), ("jacobi", [p for p in points if p[0] > 1])):
             for entry in _batch(run, geometry, model, rates, decoder, batch, chosen):
                 cells.append(entry)
@@ -47,6 +43,36 @@ def steps(
                 run.save()
     result["predicted"] = predictions(geometry, cells)
     judge(run, geometry, result)
+
+
+def points_of(geometry: Geometry, widths: Sequence[int], batch: int) -> list[Point]:
+    """Every width in mid-picture; with one picture also where a goal asks for another cache length."""
+    late = [(goal.window, goal.entries) for goal in geometry.floor_goals if goal.entries]
+    return [(width, 0) for width in widths] + (late if batch == 1 else [])
+
+
+def floors(
+    run: Run, geometry: Geometry, rates: Rates, widths: Sequence[int] = WIDTHS, batches: Sequence[int] = BATCHES
+) -> None:
+    """The least that steps can take by `rates`, in bfloat16: bytes, operations and seconds, nothing measured."""
+    cells: list[dict[str, Any]] = []
+    run.results.append({"model": geometry.name, "cells": cells})
+    run.say(f"\n{geometry.name}, by formula, in bfloat16, with guidance; in mid-picture, where not said otherwise")
+    run.say(f"{'B':>2} {'W':>4} {'entries':>7} {'GB':>6} {'TFLOP':>6} {'floor ms':>8} {'one after the other':>20}")
+    for batch in batches:
+        for width, entries in points_of(geometry, widths, batch):
+            config = geometry.config("ar" if width == 1 else "jacobi", width)
+            work = step_work(geometry, config, batch, width, torch.bfloat16, entries)
+            entry = {
+                "batch": batch, "window": width, "entries": entries or geometry.middle,
+                "gigabytes": (work.weights + work.cache) / 1e9, "teraflop": work.operations / 1e12,
+                "floor_ms": 1e3 * work.floor(rates), "serial_floor_ms": 1e3 * work.serial(rates),
+            }  # fmt: skip
+            cells.append(entry)
+            run.say(
+                f"{batch:2} {width:4} {entry['entries']:7} {entry['gigabytes']:6.1f} {entry['teraflop']:6.2f} "
+                f"{entry['floor_ms']:8.2f} {entry['serial_floor_ms']:20.2f}"
+            )
 
 
 def _batch(

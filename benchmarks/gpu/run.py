@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .floors import REPEATS
+from .floors import REPEATS, Rates
 
 
 def _print(line: str) -> None:
@@ -19,13 +19,17 @@ def _print(line: str) -> None:
 
 @dataclass
 class Run:
-    """Where a part runs, until when by time.monotonic(), and its findings; `save` keeps them as far as they go."""
+    """Where a part runs, until when by time.monotonic(), and its findings; `save` keeps them as far as they go.
+
+    assumed: what floors are computed from where none are measured.
+    """
 
     device: torch.device
     dtype: torch.dtype
     deadline: float
     smoke: bool = False
     attention: str = "auto"
+    assumed: Rates | None = None
     results: list[dict[str, Any]] = field(default_factory=list)
     goals: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
