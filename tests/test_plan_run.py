@@ -1,4 +1,4 @@
-"""The arithmetic behind the plan of a large run."""
+"""What the plan of a large run rests on: its arithmetic, and the driver with very many prompts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import plan_run
+from benchmarks import batch_driver, plan_run
 
 
 def lines(capsys: pytest.CaptureFixture[str], *options: str) -> list[dict[str, Any]]:
@@ -49,3 +49,13 @@ def test_memory_counts_weights_and_whole_pictures() -> None:
     one, five = (plan_run.memory_bytes(lumina, batch, 96) for batch in (1, 5))
     assert (five - one) // 4 == 2 * (96 + len(lumina.layout) + 96) * 2 * 32 * 4096 * 2
     assert 13.3e9 < one - (five - one) / 4 < 14.2e9  # 6.9 billion numbers of two bytes
+
+
+def test_the_driver_finds_every_picture_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["batch_driver.py", "--prompts", "1200"])  # in two folders
+    batch_driver.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["prompts"] == 1200 and found["manifest_bytes"] > 1200 * 200
+    assert all(found[part]["cpu_s"] >= 0 < found[part]["peak_mib"] for part in ("read", "open", "finish", "resume"))
