@@ -116,7 +116,8 @@ def test_what_cannot_be_drawn_is_said(service: ImageService, monkeypatch: pytest
 
 def test_a_visitor_who_leaves_ends_the_race(service: ImageService) -> None:
     showing = _show(service)(PROMPT, 0, [])
-    next(showing), next(showing)
+    next(showing)
+    next(showing)
     showing.close()
     until(lambda: not service.thread._tasks)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -43,7 +44,7 @@ def url() -> Iterator[str]:
         patch.setenv(KEY, "secret")
         ray.init(
             "local", num_cpus=2, num_gpus=0, include_dashboard=False, object_store_memory=100 * 2**20,
-            log_to_driver=False, logging_level="ERROR",
+            log_to_driver=False, logging_level=logging.ERROR,
         )  # fmt: skip
         port = free_port()
         serve.start(http_options={"host": "127.0.0.1", "port": port})

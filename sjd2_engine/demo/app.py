@@ -10,7 +10,7 @@ import random
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,10 +100,10 @@ def build_page(service: ImageService) -> gr.Blocks:
     return page.queue(max_size=32)
 
 
-def _show(service: ImageService) -> Callable[..., Iterator[Any]]:
+def _show(service: ImageService) -> Callable[..., Generator[Any, None, None]]:
     facts = service.engine.model.facts
 
-    def show(prompt: str, seed: float, kept: list[Kept]) -> Iterator[Any]:
+    def show(prompt: str, seed: float, kept: list[Kept]) -> Generator[Any, None, None]:
         """Yields the stage ten times a second, and at the end the gallery and its zip too."""
         _check(service, prompt)
         still = gr.skip(), gr.skip(), gr.skip()

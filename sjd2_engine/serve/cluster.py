@@ -29,16 +29,16 @@ class Deployment(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = "scenes-sjd2"
-    replicas: int = Field(1, ge=1, description="Engines in the cluster.")
-    gpus: float = Field(0, ge=0, description="Of each replica; 0 = it draws on the CPU.")
-    cpus: float = Field(1, gt=0, description="Of each replica.")
+    replicas: int = Field(default=1, ge=1, description="Engines in the cluster.")
+    gpus: float = Field(default=0, ge=0, description="Of each replica; 0 = it draws on the CPU.")
+    cpus: float = Field(default=1, gt=0, description="Of each replica.")
     dtype: str = "auto"
     image_size: int | None = None
-    slots: int | None = Field(None, ge=1)
-    queue: int = Field(256, ge=1, description="Pictures that may wait at each replica.")
-    images: int = Field(10, ge=1)
-    timeout: float = Field(600.0, gt=0)
-    save: Path | None = Field(None, description="Folder that every host sees.")
+    slots: int | None = Field(default=None, ge=1)
+    queue: int = Field(default=256, ge=1, description="Pictures that may wait at each replica.")
+    images: int = Field(default=10, ge=1)
+    timeout: float = Field(default=600.0, gt=0)
+    save: Path | None = Field(default=None, description="Folder that every host sees.")
 
 
 def build(options: Deployment) -> Any:
