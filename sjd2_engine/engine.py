@@ -79,7 +79,7 @@ class Engine:
         Raises CheckpointError, BackendError, ConfigError.
         """
         check_name(attention)
-        place = _device(device)
+        place = find_device(device)
         if dtype != "auto" and dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype!r}: expected 'auto' or one of {', '.join(DTYPES)}")
         kind = DTYPES.get(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
@@ -326,17 +326,18 @@ class Engine:
         return texts, config, config.seeds(len(texts))
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of a name like "auto", "cpu" or "cuda:1". Raises ConfigError, or BackendError without CUDA."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"device={name!r}: expected 'auto', 'cpu' or 'cuda'") from None
+        raise ConfigError(f"device={name!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:1' …") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"device={name!r} was asked for, but PyTorch {torch.__version__} sees no CUDA device here")
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device={name!r}: expected 'auto', 'cpu' or 'cuda'")
+        raise ConfigError(f"device={name!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:1' …")
     return device
 
 

@@ -287,7 +287,7 @@ def test_what_cannot_be_prepared_is_said(model: ImageModel, tmp_path: Path, monk
     assert "either a SOURCE" in run("-o", out, code=2)
     assert "and not both" in run(source, "--synthetic", 3, "-o", out, code=2)
     assert "batch is 0" in run(source, "-o", out, "--batch", 0, code=2)
-    assert "--device is 'quantum'" in run(source, "-o", out, "--device", "quantum", code=2)
+    assert "device='quantum'" in run(source, "-o", out, "--device", "quantum", code=2)
     assert "there is no model 'unknown'" in run(source, "-o", out, "--model", "unknown", code=2)
     (empty / "a.png").write_bytes(b"")
     (empty / "a.txt").write_text("a star")

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import BackendError, ConfigError
+from ..errors import ConfigError
 from . import options as o
 
 if TYPE_CHECKING:
-    import torch
-
     from ..training.prepare import Summary
 
 SourcePath = Annotated[
@@ -64,6 +62,7 @@ def prepare(
     o.at_least_one(**o.given(synthetic=synthetic))
     import torch
 
+    from ..engine import find_device
     from ..files import check_writable
     from ..models import LoadOptions, load_model
     from ..training.prepare import Plan, draw
@@ -74,7 +73,7 @@ def prepare(
     opened = open_source(source, image_column, caption_column) if source is not None else None
     check_writable(out)
     wanted = LoadOptions(o.pixels(image_size), allow_pickle, core=False)
-    loaded = load_model(model, _device(device), torch.float32, wanted)
+    loaded = load_model(model, find_device(device), torch.float32, wanted)
     try:
         if source is not None and opened is not None:
             settings = {"source": str(source.resolve()), "image_column": image_column, "caption_column": caption_column}
@@ -85,20 +84,6 @@ def prepare(
         typer.echo("sjd2: stopped; whole shards are kept, and the same command goes on behind them", err=True)
         raise typer.Exit(130) from None
     _show(summary, out, model)
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"--device is {name!r}; expected auto, cpu, cuda or cuda:1 …") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(f"--device is {name!r}, but PyTorch {torch.__version__} sees no CUDA device here")
-    return device
 
 
 def _show(summary: Summary, out: Path, model: str) -> None:
