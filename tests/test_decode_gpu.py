@@ -78,6 +78,17 @@ def test_transformers(capsys: pytest.CaptureFixture[str]) -> None:
     assert [goal["value"] for goal in found["goals"]] == [sjd2["ratio"]]
 
 
+def test_a_way_of_transformers_that_fails_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    ways = {"impossible": {"rows": 1, "no_such_option": 1}, "two rows": {"rows": 2}}
+    monkeypatch.setattr(library, "ways", lambda *given: ways)
+    run = Run(CPU, torch.float32, time.monotonic() + 60, smoke=True, say=lambda line: None)
+    geometry = tiny(GEOMETRIES["janus-pro-1b"])
+    library.compare(run, geometry, random_model(geometry, CPU, torch.float32), 8)
+    assert [entry["way"] for entry in run.results[0]["generate"]] == ["two rows"]
+    assert len(run.skipped) == 1 and "no_such_option" in run.skipped[0]
+
+
 def test_scenes_and_sync(capsys: pytest.CaptureFixture[str]) -> None:
     status, found = document("scenes", capsys)
     (cell,) = found["results"][0]["cells"]

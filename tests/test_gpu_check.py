@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -116,3 +117,19 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main([]) == 2
     assert "CUDA" in capsys.readouterr().err
+
+
+def test_what_pytest_says_counts(
+    results: list[checks.Check], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    groups = {"fine": ["--version"], "broken": ["tests/no_such_test.py"]}
+    monkeypatch.setattr(gpu_check, "test_groups", lambda: groups)
+    bench = timing.Bench(DEVICE_, lambda calls: 1.0, lambda function: function, cache=1000)
+    saved: list[bool] = []
+    document: dict[str, Any] = {}
+    gpu_check.report(
+        bench, results, False, lambda: gpu_check.run_tests(time.monotonic() + 100), document,
+        lambda: saved.append(document["passed"]),
+    )  # fmt: skip
+    assert [(group["name"], group["passed"]) for group in document["tests"]] == [("fine", True), ("broken", False)]
+    assert saved == [True, False] and "tests: broken: pytest ended with status" in capfd.readouterr().out

@@ -61,6 +61,32 @@ def test_graphs_draw_what_eager_steps_draw(engine: Engine, decoder: str) -> None
     assert captured.stats.graphs.seconds > 0 and 0 < captured.stats.graphs.bytes < 2**30
 
 
+def state_after(engine: Engine, steps: int, decoder: str) -> dict[str, torch.Tensor]:
+    """Everything that steps write, after so many of two pictures in slots of their own."""
+    engine.release()
+    session = engine.session(slots=2, **options(decoder))
+    for key, prompt in enumerate(PROMPTS[:2]):
+        session.submit(prompt, key, key)
+    for _ in range(steps):
+        session.step()
+    cache, window = session.slots.cache, session.slots.window
+    found = {"keys": cache.keys, "values": cache.values, "entries": cache.lengths, "tokens": window.tokens}
+    found |= {"lengths": window.lengths, "steps": window.steps, "histogram": window.histogram}
+    embeds = window.inputs().embeds
+    assert embeds is not None and window.lengths.min() > steps // 2
+    return {name: value.clone() for name, value in {**found, "embeds": embeds}.items()}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_replayed_steps_are_eager_ones_bit_by_bit(engine: Engine, decoder: str) -> None:
+    """Keys, values and the next inputs too, which tokens alone would not show."""
+    replayed = state_after(engine, 9, decoder)
+    with without_graphs(engine):
+        eager = state_after(engine, 9, decoder)
+    for name, value in eager.items():
+        assert torch.equal(replayed[name], value), name
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_picture_does_not_depend_on_its_batch(engine: Engine, decoder: str) -> None:
     """Slots change hands on the way, and pictures come in the order asked."""

@@ -60,6 +60,9 @@ def breakdown(
         if not run.has_time_for(f"profile of {what}", 60):
             continue
         spans = profiled(run, geometry, model, decoder, batch, window, count)
+        if not spans:
+            run.skip(f"profile of {what}", "the profiler saw nothing; it may need rights that this machine denies")
+            continue
         entry = {"decoder": decoder, "batch": batch, "window": window, "steps": count, "shares": shares(spans)}
         entry["kernels_per_step"] = len(spans) / count
         entry["step_ms"] = (max(s[2] for s in spans) - min(s[1] for s in spans)) / 1e3 / count
