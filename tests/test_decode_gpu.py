@@ -38,7 +38,7 @@ def test_steps(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, found = document("steps", capsys, "--models", "emu3-8b,janus-pro-1b", "--out", str(out))
     assert status == 0 and json.loads(out.read_text()) == found and found["skipped"] == [] and found["complete"]
     for name, result in zip(("emu3-8b", "janus-pro-1b"), found["results"], strict=True):
-        assert (result["model"], result["weights"]) == (name, "random")
+        assert (result["model"], result["weights"]) == (f"tiny {name}", "random")
         points = [(c["batch"], c["window"], c["entries"]) for c in result["cells"]]
         late = [(1, 8, 60)] if name == "emu3-8b" else []  # where a goal asks for another length
         assert points == [(1, 1, 40), (1, 8, 40), *late, (2, 1, 40), (2, 8, 40)]
@@ -66,7 +66,7 @@ def test_profile(capsys: pytest.CaptureFixture[str]) -> None:
 def test_transformers(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     status, found = document("transformers", capsys, "--models", "lumina-mgpt-7b,janus-pro-1b")
-    assert status == 0 and [result["model"] for result in found["results"]] == ["lumina-mgpt-7b", "janus-pro-1b"]
+    assert status == 0 and [r["model"] for r in found["results"]] == ["tiny lumina-mgpt-7b", "tiny janus-pro-1b"]
     for result in found["results"]:
         assert len(result["generate"]) == 3 and list(result["engine_step_ms"]) == ["1", "8"]
         for entry in result["generate"]:
