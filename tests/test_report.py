@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -119,6 +120,17 @@ def test_prompts_cannot_break_the_page(base: Engine, tmp_path: Path) -> None:
     text = report.render(shown, rows, result, lines, [], tmp_path, "sjd2 bench --report <DIR>")
     assert "<script>" not in text and "&lt;script&gt;" in text and "&lt;DIR&gt;" in text
     assert "SceneEval" not in text, "nothing could be judged"
+
+
+def test_what_the_page_needs_is_missed_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    args = ["bench", "--prompts", "1", "--out", str(tmp_path / "out"), "--report", str(tmp_path / "report")]
+    result = CliRunner().invoke(app, args, prog_name="sjd2")
+    assert result.exit_code == 2
+    assert "jinja2 not installed" in result.stderr and "sjd2-engine[eval]" in result.stderr
+    assert not any((tmp_path / "out").rglob("*.png"))
 
 
 def test_levels_to_try() -> None:

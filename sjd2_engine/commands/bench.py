@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import BackendError
 from . import options as o
 from .common import load_engine, progress, table
 
@@ -42,11 +44,9 @@ def bench(
 
     o.at_least_one(prompts=prompts, batch=batch, repeats=repeats)
     specs = parse_specs(decoders, windows)
+    _check_installed("matplotlib", *(["jinja2"] if report else []))
     check_writable(out)
     if report:
-        from ..evaluation.report import check_installed
-
-        check_installed()
         check_writable(report)
     from ..evaluation import bench as comparison
     from ..evaluation import results
@@ -68,6 +68,13 @@ def bench(
         page = write_report(plan, rows, result, report, lambda label: progress(label, "round"), _command())
         typer.echo(f"The report is {page}")
     typer.echo(result.to_json())
+
+
+def _check_installed(*modules: str) -> None:
+    """Found missing before anything is measured."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BackendError(f"{', '.join(missing)} not installed; try: pip install 'sjd2-engine[eval]'")
 
 
 def _command() -> str:

@@ -15,7 +15,6 @@ from PIL import Image
 
 from ..config import AUTO
 from ..engine import Engine
-from ..errors import BackendError
 from ..files import replace_file
 from ..scenes.scene_eval import summarise
 from . import figures, plots, studies
@@ -83,14 +82,6 @@ def _quality(row: Contender) -> Interval | None:
     return Interval(score.score, score.low, score.high)
 
 
-def check_installed() -> None:
-    """Fail before anything is measured where the page could not be written afterwards."""
-    try:
-        import jinja2  # noqa: F401
-    except ImportError as error:
-        raise BackendError("the report needs jinja2: pip install 'sjd2-engine[eval]'") from error
-
-
 def _batch(plan: Plan) -> int:
     """Pictures decoded together where nothing is timed: what the comparison does, unless the model is the small one."""
     return studies.WATCHED if plan.cases[0].judge else plan.batch
@@ -108,7 +99,6 @@ def write_report(
 
     Returns the page. `command` is what the page says it was made by.
     """
-    check_installed()
     data: dict[str, Any] = {"bench": asdict(result)}
     shown = [*_comparison(result, folder), *_watched(plan, rows, result, folder, data, progress)]
     tuned = next((row.engine for row in rows if row.engine.is_tuned), None)
