@@ -136,7 +136,10 @@ class Session:
         progress: list[Progress] = []
         if self.active:
             width = self._choose_width()
+            captured = self.slots.graphs.report().graphs
             self._reports.push(self.slots.step())
+            if self.slots.graphs.report().graphs != captured:
+                self._clock = None  # a capture takes longer than the pass that follows it
             self._launched.append((tuple(self._slots), width))
             self.passes[width] += 1
             self._step += 1

@@ -1,8 +1,9 @@
 """window="auto": the width that accepts most tokens per second, by what has been measured so far.
 
 Tokens accepted per pass saturate with the width, a(W) = A · W / (W + h), and a pass gets dearer, often in stairs. The
-first passes of a decode time every width; from then on the widths in use tell how much is accepted, the law fills in
-for the others, and one that promises more is tried. Every pass draws its picture like any other.
+first passes of a decode time the widths, from the usual one outwards as long as the law gives them a chance; from then
+on the widths in use tell how much is accepted, the law fills in for the others, and one that promises more is tried.
+Every pass draws its picture like any other.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from dataclasses import dataclass, field
 
 WIDTHS = (8, 12, 16, 24, 32, 48, 64, 96)
 TIMED = 2  # passes that time a width at the beginning
+DOUBT = 2.0  # how many times its first guess h may be when wide windows are given up untimed
 MEMORY = 32  # latest timings of a width that count
 SETTLE = 6  # passes after a change of width before acceptance counts: drafts have to ripen first
 REVIEW = 16  # counted passes between two decisions
 KNOWN = 32  # counted passes that make a width known; until then curiosity speaks for it
-CURIOSITY, GAIN = 1.1, 1.01  # how much better it is taken to be, and what a change must promise
+CURIOSITY, GAIN = 1.03, 1.02  # how much better it is taken to be, and what a change must promise
 BOLD, ODDS = 384, 0.75  # every so many counted passes the likeliest unknown width is tried if it promises this share
-TRUST = 16.0  # passes that the law is worth beside what was counted at a width
+TRUST = 48.0  # passes that the law is worth beside what was counted at a width
 FORGET = 4096  # counted passes of a width, after which older ones weigh half
 HALVES = tuple(1.3**n for n in range(2, 18))  # candidates for h: 1.7 to 87
 HALF_SPREAD = 0.5  # of log h around its first guess
@@ -39,10 +41,12 @@ class WindowTuner:
     """Chooses among `widths`, beginning with `first`; `half`: the first guess for the width of half of A."""
 
     def __init__(self, first: int, widths: tuple[int, ...] = WIDTHS, half: float = 8.0) -> None:
-        self.widths, self.half = tuple(sorted({first, *widths})), half
+        self.widths, self.half, self.width = tuple(sorted({first, *widths})), half, first
+        self._first = first
         self._seen = {width: _Seen() for width in self.widths}
-        self._trials = [*(width for width in self.widths if width != first), first]
-        self.width = self._trials[0]
+        # Widths still to be timed, the next one last: first itself, wider ones, narrower ones.
+        narrower, wider = (tuple(w for w in self.widths if w < first), tuple(w for w in self.widths if w > first))
+        self._trials = [*narrower, *wider[::-1], first]
         self._settling, self._since_review, self._since_trial = SETTLE, 0, 0
 
     def observe(self, width: int, seconds: float | None, accepted: float) -> None:
@@ -72,10 +76,18 @@ class WindowTuner:
         return {width: self._acceptance(width, top, half) / self._time(width) for width in self.widths}
 
     def _next_trial(self) -> None:
-        if len(self._seen[self._trials[0]].seconds) >= TIMED:
-            self._trials.pop(0)
-            if self._trials:
-                self.width = self._trials[0]
+        if len(self._seen[self.width].seconds) < TIMED:
+            return
+        self._trials.remove(self.width)
+        if self.width > self._first and not self._wider_may_win():
+            self._trials = [width for width in self._trials if width < self._first]
+        self.width = self._trials[-1] if self._trials else self._first
+
+    def _wider_may_win(self) -> bool:
+        """Whether the widest could, at what the last one timed costs: then one in between could, too."""
+        half, widest = DOUBT * self.half, self.widths[-1]
+        gain = widest / (widest + half) * (self._first + half) / self._first
+        return self._time(self.width) < gain * self._time(self._first)
 
     def _review(self) -> None:
         self._since_review = 0
@@ -115,5 +127,6 @@ class WindowTuner:
         return (seen.accepted + TRUST * expected) / (seen.passes + TRUST)
 
     def _time(self, width: int) -> float:
-        """Median seconds of the latest passes."""
-        return statistics.median(self._seen[width].seconds)
+        """Median seconds of the latest passes; in proportion to the next narrower width for one that was given up."""
+        timed = next(w for w in reversed(self.widths) if w <= width and self._seen[w].seconds)
+        return statistics.median(self._seen[timed].seconds) * width / timed

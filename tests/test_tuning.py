@@ -39,12 +39,10 @@ MODELS = {
 @pytest.mark.parametrize("machine", MACHINES)
 def test_it_settles_near_the_best_width(machine: str, model: str) -> None:
     seconds, accepted = MACHINES[machine], MODELS[model]
-    rate = {width: accepted(width) / seconds(width) for width in WIDTHS}
+    best = max(accepted(width) / seconds(width) for width in WIDTHS)
     chosen = run(WindowTuner(16), seconds, accepted)
-    time = sum(map(seconds, chosen))
-    tokens = sum(map(accepted, chosen))
-    assert tokens / time > 0.9 * max(rate.values())
-    assert min(rate[width] for width in chosen[-500:]) > 0.9 * max(rate.values())
+    for passes, share in ((chosen, 0.9), (chosen[-500:], 0.93)):
+        assert sum(map(accepted, passes)) / sum(map(seconds, passes)) > share * best
 
 
 def test_a_change_of_the_machine_is_noticed() -> None:
@@ -53,6 +51,12 @@ def test_a_change_of_the_machine_is_noticed() -> None:
     assert tuner.width >= 64
     run(tuner, MACHINES["steep"], MODELS["late"], 3000)
     assert tuner.width <= 24
+
+
+def test_wide_windows_that_cannot_win_are_not_tried() -> None:
+    chosen = run(WindowTuner(16), lambda w: 1.0 + 0.3 * w, MODELS["early"])
+    assert max(chosen) < max(WIDTHS)
+    assert max(run(WindowTuner(16), MACHINES["flat"], MODELS["early"])) == max(WIDTHS)
 
 
 def test_only_widths_there_is_room_for() -> None:
@@ -73,8 +77,10 @@ def test_auto_draws_the_tokens_of_ar(tuned: Engine, decoder: str) -> None:
 def test_auto_goes_on_where_the_last_call_ended(base: Engine) -> None:
     first = base.generate("a ring", "jacobi", window="auto", temperature=0.8)
     again = base.generate("a ring", "jacobi", window="auto", temperature=0.8)
-    assert set(first.stats.windows) == set(WIDTHS)
-    assert len(again.stats.windows) < len(WIDTHS)
+    usual = base.config_for("jacobi").window
+    timed = set(first.stats.windows)
+    assert {width for width in WIDTHS if width <= usual} < timed <= set(WIDTHS), "the narrow ones and some wider ones"
+    assert len(again.stats.windows) < len(timed)
 
 
 def test_auto_is_the_engines() -> None:
