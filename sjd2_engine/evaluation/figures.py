@@ -50,7 +50,8 @@ def acceptance_maps(rows: Sequence[CostMaps], path: str | Path, subtitle: str) -
         lines.append(row)
         above = pixels
     columns = len(rows[0].pictures) + 1
-    size = (1.5 * columns + 1.6, 1.5 * len(lines) + 0.2)
+    first = rows[0].pictures[0]
+    size = (1.5 * columns + 1.6, (1.3 * first.height / first.width + 0.2) * len(lines) + 0.2)
     with canvas(path, len(lines), columns, figsize=size, squeeze=False, layout="constrained") as (figure, grid):
         for axis in grid.flat:
             _bare(axis)
