@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,18 @@ def test_the_official_client_gets_the_engines_pictures(server: Any, client: open
     assert {fact["seed"] for fact in facts if fact["decoder"] == "jacobi"} >= {"5", "6"}
     assert [model.id for model in client.models.list()] == ["scenes-sjd2"]
     assert client.models.retrieve("scenes-sjd2").id == "scenes-sjd2"
+
+
+def test_the_code_in_the_documents_runs(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{server[1]}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    page = (Path(__file__).resolve().parents[1] / "docs/serving.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
+        exec(code, names)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"0.png", "1.png"}
+    assert names["event"].type == "image_generation.completed"
 
 
 def test_a_stream_shows_the_picture_on_its_way(client: openai.OpenAI, tuned: Engine) -> None:

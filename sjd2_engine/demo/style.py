@@ -19,7 +19,7 @@ body, gradio-app { background:
 .race .clock span { color: #94a3b8; }
 .race .lanes { display: grid; grid-template-columns: repeat(auto-fit, minmax(270px, 1fr)); gap: 1.1rem; }
 .race .lane { background: linear-gradient(180deg, #141b30, #10162a); border: 1px solid #263150; border-radius: 18px;
-  padding: 1rem; display: flex; flex-direction: column; gap: .75rem; transition: border-color .2s, box-shadow .2s; }
+  padding: 1rem; display: flex; flex-direction: column; gap: .75rem; }
 .race .lane.leading { border-color: #6366f1; box-shadow: 0 0 0 1px #6366f155, 0 10px 40px #6366f122; }
 .race .lane.done { border-color: #10b981aa; }
 .race .lane.failed { border-color: #f43f5e; }
@@ -41,7 +41,7 @@ body, gradio-app { background:
 .race .strip strong, .race .legend strong { color: #6ee7b7; font-weight: 700; font-size: 1.05rem; }
 .race .strip strong { align-self: center; }
 .race .strip div { display: flex; align-items: end; gap: 2px; height: 100%; border-bottom: 1px solid #263150; }
-.race .strip i { flex: 1 1 0; max-width: 14px; border-radius: 3px 3px 0 0; transition: height .08s linear; }
+.race .strip i { flex: 1 1 0; max-width: 14px; border-radius: 3px 3px 0 0; }
 .race .strip em { color: #475569; font-size: .82rem; align-self: center; }
 .race dl { display: grid; grid-template-columns: repeat(3, 1fr); gap: .5rem; margin: 0; }
 .race dl div { background: #0b1122; border-radius: 10px; padding: .45rem .6rem; }
