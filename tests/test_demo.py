@@ -137,6 +137,7 @@ def test_with_a_key_the_page_asks_for_it(tuned: Engine) -> None:
         assert client.get("/config").status_code == 200 and client.get("/health").json()["status"] == "ready"
 
 
+@pytest.mark.slow  # a server, a browser and a race of ten seconds
 @pytest.mark.skipif(browser.find() is None, reason="no Chromium here (chromium, google-chrome)")
 def test_the_page_in_a_browser(tmp_path: Path) -> None:
     """A race from the click to the download; what a visitor sees is looked at by way of a screenshot."""
