@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import socket
@@ -87,3 +88,5 @@ def test_a_deployment_takes_no_unknown_options() -> None:
         Deployment.model_validate({"replica": 2})
     with pytest.raises(ValidationError, match="replicas"):
         Deployment.model_validate({"replicas": 0})
+    # By this Ray knows what to make of `serve run … replicas=2`; a postponed annotation would leave a dict.
+    assert inspect.signature(build).parameters["options"].annotation is Deployment

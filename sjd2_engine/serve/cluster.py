@@ -5,8 +5,7 @@
 Every replica is a server of its own with an engine of its own; Ray's proxies spread the requests over them.
 """
 
-from __future__ import annotations
-
+# Ray looks at the annotation of `build` to make a Deployment of what it is given: no postponed annotations here.
 import os
 from pathlib import Path
 from typing import Any
