@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -89,7 +90,8 @@ def test_the_stage_tells_what_the_frame_holds(frames: list[Frame], tuned: Engine
     assert "&lt;script&gt;" in waiting("<script>")
 
 
-def test_pictures_are_kept_and_say_how_they_were_made(service: ImageService) -> None:
+def test_pictures_are_kept_and_say_how_they_were_made(service: ImageService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sjd2_engine.demo.app.FRAME_S", 0.0)  # nobody watches
     *_, (final, gallery, kept, archive) = _show(service)(PROMPT, 3, [])
     assert "race" in final and len(gallery.value) == len(kept) == 3 and archive.visible
     facts = [png_facts(path) for path in sorted(Path(service.save or "").iterdir())]
@@ -161,6 +163,12 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         after = page.picture(tmp_path / "after.png")
         with Image.open(during) as one, Image.open(after) as other:
             assert one.width == other.width and len(one.convert("RGB").getcolors(2**24) or []) > 500
+        page.run("document.querySelector('#go').click()")
+        page.until("document.querySelectorAll('.lane:not(.done)').length == 3")
+        page.run("document.querySelector('#stop').click()")
+        page.until("document.querySelector('.curtain')?.innerText == 'Stopped.'")
+        time.sleep(1)  # a race that went on would show more frames
+        assert page.run("document.querySelectorAll('.lane').length") == 0
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "scenes-sjd2"
         # The page works where there is no network but the server.
         loaded = page.run("performance.getEntriesByType('resource').map(entry => new URL(entry.name).origin)")

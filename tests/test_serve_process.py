@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import importlib.util
 import signal
 import socket
 import threading
@@ -150,6 +151,15 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded() -> None:
         port = taken.getsockname()[1]
         told = CliRunner().invoke(app, ["serve", "--port", str(port), "--model", "nowhere"], prog_name="sjd2")
     assert told.exit_code == 2 and f"cannot listen on 127.0.0.1:{port}" in told.output
+
+
+@pytest.mark.parametrize(("command", "missing"), [("serve", "prometheus_client"), ("demo", "gradio")])
+def test_an_extra_that_is_not_installed_is_named(command: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else found(name))
+    told = CliRunner().invoke(app, [command], prog_name="sjd2")
+    assert told.exit_code == 2 and f"{missing} not installed" in told.output
+    assert f"pip install 'sjd2-engine[{command}]'" in told.output
 
 
 def resident_bytes(pid: int) -> int:

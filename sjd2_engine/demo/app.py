@@ -82,7 +82,7 @@ def build_page(service: ImageService) -> gr.Blocks:
                 go = gr.Button("Race", variant="primary", elem_id="go")
                 with gr.Row():
                     dice = gr.Button("Another seed", size="sm", min_width=100)
-                    stop = gr.Button("Stop", size="sm", min_width=80)
+                    stop = gr.Button("Stop", size="sm", min_width=80, elem_id="stop")
         gr.Examples([[text] for text in examples], prompt, label="Prompts to try")
         scene = gr.HTML(waiting("Press Race."), elem_id="stage")
         gallery = gr.Gallery(
