@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import time
 import zipfile
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import gradio
 import httpx
 from fastapi.testclient import TestClient
 from PIL import Image
-from serving import process, until
+from serving import PATIENCE_S, process, until
 
 from sjd2_engine import Engine
 from sjd2_engine.demo.app import _show, configurations, mount_demo
@@ -143,7 +144,7 @@ def test_with_a_key_the_page_asks_for_it(tuned: Engine) -> None:
 @pytest.mark.skipif(browser.find() is None, reason="no Chromium here (chromium, google-chrome)")
 def test_the_page_in_a_browser(tmp_path: Path) -> None:
     """A race from the click to the download; what a visitor sees is looked at by way of a screenshot."""
-    with process(command="demo") as (_, url), browser.browse(url) as page:
+    with process(command="demo") as (running, url), browser.browse(url) as page:
         page.until("!!document.querySelector('#go')")
         page.run("document.querySelector('#go').click()")
         page.until("document.querySelectorAll('.lane').length == 3")
@@ -173,3 +174,6 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         # The page works where there is no network but the server.
         loaded = page.run("performance.getEntriesByType('resource').map(entry => new URL(entry.name).origin)")
         assert set(loaded) <= {url, "null"}
+        # A page that is still open does not keep the server from ending.
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(PATIENCE_S) == 0
