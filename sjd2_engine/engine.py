@@ -296,7 +296,7 @@ class Engine:
         usual = {name: value for name, value in self.model.defaults.items() if name != "decoder"}
         first = DecodeConfig.build(usual, decoder=config.decoder).window
         first = min(first, widest) if isinstance(first, int) else min(32, widest)
-        half = 12.0 * config.denoise_levels if config.uses_noise else 8.0
+        half = 16.0 * config.denoise_levels if config.uses_noise else 8.0
         return WindowTuner(first, tuple(width for width in WIDTHS if width <= widest), half)
 
     def _affordable(self, config: DecodeConfig, wanted: int) -> int:

@@ -14,15 +14,16 @@ from collections import deque
 from dataclasses import dataclass, field
 
 WIDTHS = (8, 12, 16, 24, 32, 48, 64, 96)
-TIMED = 2  # passes that time a width at the beginning
+TIMED = 3  # passes that time a width at the beginning
 DOUBT = 2.0  # how many times its first guess h may be when wide windows are given up untimed
-MEMORY = 32  # latest timings of a width that count
+MEMORY = 24  # latest timings of the width in use
+DRIFT = 2.0  # how many times faster or slower the machine may get before all widths are timed again
 SETTLE = 6  # passes after a change of width before acceptance counts: drafts have to ripen first
 REVIEW = 24  # counted passes between two decisions
 KNOWN = 32  # counted passes that make a width known; until then curiosity speaks for it
-CURIOSITY, GAIN = 1.03, 1.02  # how much better it is taken to be, and what a change must promise
+CURIOSITY, GAIN = 1.03, 1.04  # how much better it is taken to be, and what a change must promise
 BOLD, ODDS = 768, 0.8  # every so many counted passes the likeliest unknown width is tried if it promises this share
-TRUST = 64.0  # passes that the law is worth beside what was counted at a width
+TRUST = 40.0  # passes that the law is worth beside what was counted at a width
 FORGET = 4096  # counted passes of a width, after which older ones weigh half
 HALVES = tuple(1.3**n for n in range(2, 18))  # candidates for h: 1.7 to 87
 HALF_SPREAD = 0.5  # of log h around its first guess
@@ -32,7 +33,8 @@ HALF_SPREAD = 0.5  # of log h around its first guess
 class _Seen:
     """What is known of a width."""
 
-    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=MEMORY))
+    timings: list[float] = field(default_factory=list)
+    seconds: float | None = None  # of a pass, on the machine as it was when all widths were timed
     passes: float = 0.0
     accepted: float = 0.0
 
@@ -44,21 +46,30 @@ class WindowTuner:
         self.widths, self.half, self.width = tuple(sorted({first, *widths})), half, first
         self._first = first
         self._seen = {width: _Seen() for width in self.widths}
-        # Widths still to be timed, the next one last: first itself, wider ones, narrower ones.
-        narrower, wider = (tuple(w for w in self.widths if w < first), tuple(w for w in self.widths if w > first))
-        self._trials = [*narrower, *wider[::-1], first]
+        self._trials = self._all_trials()
+        self._recent: deque[float] = deque(maxlen=MEMORY)
+        self._left: tuple[int, float] | None = None  # the width before, and the seconds that its passes took then
         self._settling, self._since_review, self._since_trial = SETTLE, 0, 0
+
+    def _all_trials(self) -> list[int]:
+        """Widths to be timed, the next one last: first itself, wider ones, narrower ones."""
+        wider = [width for width in self.widths if width > self._first]
+        return [*(width for width in self.widths if width < self._first), *wider[::-1], self._first]
 
     def observe(self, width: int, seconds: float | None, accepted: float) -> None:
         """A pass of `width` took so long (None: something else happened meanwhile), tokens accepted per row."""
         seen = self._seen[width]
-        if seconds is not None:
-            seen.seconds.append(seconds)
         if width != self.width:
             return  # launched before the last change
         if self._trials:
-            self._next_trial()
+            if seconds is not None:
+                seen.timings.append(seconds)
+            if len(seen.timings) >= TIMED:
+                seen.seconds = statistics.median(seen.timings)
+                self._next_trial()
             return
+        if seconds is not None:
+            self._recent.append(seconds)
         if self._settling:
             self._settling -= 1
             return
@@ -76,10 +87,8 @@ class WindowTuner:
         return {width: self._acceptance(width, top, half) / self._time(width) for width in self.widths}
 
     def _next_trial(self) -> None:
-        if len(self._seen[self.width].seconds) < TIMED:
-            return
         self._trials.remove(self.width)
-        if self.width > self._first and not self._wider_may_win():
+        if self._trials and self.width > self._first and not self._wider_may_win():
             self._trials = [width for width in self._trials if width < self._first]
         self.width = self._trials[-1] if self._trials else self._first
 
@@ -92,19 +101,41 @@ class WindowTuner:
     def _review(self) -> None:
         self._since_review = 0
         self._since_trial += REVIEW
-        promise = self.rates()
+        if len(self._recent) < MEMORY // 2:
+            return
+        now = statistics.median(self._recent)
+        if self._left is not None:
+            # Two long looks in a row tell the ratio of two widths better than the first short ones.
+            before, then = self._left
+            self._seen[self.width].seconds = self._time(before) * now / then
+            self._left = None
+        if not 1 / DRIFT < now / self._time(self.width) < DRIFT:
+            self._time_again()
+            return
+        width = self._decided(self.rates())
+        if width != self.width:
+            self._left, self.width, self._settling = (self.width, now), width, SETTLE
+            self._recent.clear()
+
+    def _time_again(self) -> None:
+        for seen in self._seen.values():
+            seen.timings, seen.seconds = [], None
+        self._trials = self._all_trials()
+        self.width = self._first
+        self._recent.clear()
+
+    def _decided(self, promise: dict[int, float]) -> int:
+        """The width to stay with: the present one unless another promises enough more, or is due for a trial."""
         unknown = [width for width in self.widths if self._seen[width].passes < KNOWN]
         if self.width in unknown:
-            return  # begun is half done
-        for width in unknown:
-            promise[width] *= CURIOSITY
-        best = max(promise, key=lambda width: promise[width])
-        likely = max(unknown, default=best, key=lambda width: promise[width])
-        if self._since_trial >= BOLD and promise[likely] > ODDS * promise[self.width]:
-            self.width, self._since_trial = likely, 0
-        elif promise[best] > GAIN * promise[self.width]:
-            self.width = best
-        self._settling = SETTLE
+            return self.width  # begun is half done
+        hoped = {width: rate * (CURIOSITY if width in unknown else 1.0) for width, rate in promise.items()}
+        best = max(hoped, key=lambda width: hoped[width])
+        likely = max(unknown, default=best, key=lambda width: hoped[width])
+        if self._since_trial >= BOLD and hoped[likely] > ODDS * hoped[self.width]:
+            self._since_trial = 0
+            return likely
+        return best if hoped[best] > GAIN * hoped[self.width] else self.width
 
     def _law(self) -> tuple[float, float]:
         """A and h of the law, by least squares over the widths seen, h held near its first guess."""
@@ -127,6 +158,8 @@ class WindowTuner:
         return (seen.accepted + TRUST * expected) / (seen.passes + TRUST)
 
     def _time(self, width: int) -> float:
-        """Median seconds of the latest passes; in proportion to the next narrower width for one that was given up."""
-        timed = next(w for w in reversed(self.widths) if w <= width and self._seen[w].seconds)
-        return statistics.median(self._seen[timed].seconds) * width / timed
+        """Seconds of a pass, no less than of a narrower one; in proportion to the widest that was timed beyond it."""
+        times = [(w, seen.seconds) for w, seen in self._seen.items() if seen.seconds is not None]
+        timed = max((w for w, _ in times if w <= width), default=times[0][0])
+        least, most = max(t for w, t in times if w <= timed), min(t for w, t in times if w >= timed)
+        return (least + most) / 2 * max(1.0, width / timed)
