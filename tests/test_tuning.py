@@ -77,7 +77,7 @@ def test_auto_draws_the_tokens_of_ar(tuned: Engine, decoder: str) -> None:
 def test_auto_goes_on_where_the_last_call_ended(base: Engine) -> None:
     first = base.generate("a ring", "jacobi", window="auto", temperature=0.8)
     again = base.generate("a ring", "jacobi", window="auto", temperature=0.8)
-    usual = base.config_for("jacobi").window
+    usual = base.config_for("jacobi").width
     timed = set(first.stats.windows)
     assert {width for width in WIDTHS if width <= usual} < timed <= set(WIDTHS), "the narrow ones and some wider ones"
     assert len(again.stats.windows) < len(timed)
