@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,9 @@ from sjd2_kernels import backend, build
 
 def pytest_configure() -> None:
     """Build the C core where a compiler is found and the library is not of these sources, so that it is tested."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # A shell that starts something in the background lets it, and all that it starts, ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if build.why_unusable() is not None and build.find_compiler() is not None:
         build.build()
 
