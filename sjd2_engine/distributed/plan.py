@@ -45,10 +45,6 @@ class Plan:
         """What pictures say they were drawn by, as `Engine.model_name`."""
         return Path(self.model).resolve().name
 
-    @property
-    def load_options(self) -> LoadOptions:
-        return LoadOptions(self.image_size, self.allow_pickle)
-
     def options_for(self, negative_prompt: str | None) -> dict[str, Any]:
         """Options of a decode; a prompt's own negative prompt wins over the run's."""
         return {**self.options, **({} if negative_prompt is None else {"negative_prompt": negative_prompt})}

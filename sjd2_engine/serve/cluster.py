@@ -19,7 +19,6 @@ from .app import create_app
 from .service import ImageService, Limits, default_slots
 
 KEY = "SJD2_API_KEY"
-STARTUP_S = 1800.0  # for a replica to read its weights
 
 
 class Deployment(BaseModel):

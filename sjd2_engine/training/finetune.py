@@ -32,8 +32,6 @@ from .throughput import Meter
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-PROJECT = "sjd2-finetune"
-
 
 def make_accelerator(options: Options, out: Path, device: str = "auto", track: tuple[str, ...] = ()) -> Accelerator:
     """accelerate's view of the processes and the device; ConfigError where it or a tracker is missing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -153,10 +153,6 @@ class Options:
         """What decides the result, hence must stay the same when a run goes on; the rest may change."""
         passing = ("micro_batch", "shard", "checkpointing", "validate_every", "save_every", "log_every", "compiled")
         return {name: value for name, value in asdict(self).items() if name not in passing}
-
-    def with_steps(self, steps: int) -> Options:
-        """The same for a fixed number of steps."""
-        return replace(self, steps=steps)
 
 
 # The bundled model is small enough for another recipe: few levels, all near t = 1 (docs/decoders.md), a rate as in
