@@ -60,12 +60,12 @@ def test_denoise_and_test_is_the_engines_sjd2(tuned: Engine) -> None:
     assert found.forward_passes == result.stats.forward_passes
 
 
-def test_raw_noise_costs_passes_and_changes_no_token(tuned: Engine) -> None:
+def test_raw_noise_changes_the_drafts_and_no_token(tuned: Engine) -> None:
     config = tuned.config_for("sjd2", window=24)
     raw = denoise_and_test(tuned, config, PROMPTS, SEEDS, normalised=False)
     own = denoise_and_test(tuned, config, PROMPTS, SEEDS)
     assert torch.equal(raw.tokens, own.tokens), "match gives AR's tokens whatever the drafts"
-    assert sum(raw.forward_passes) > sum(own.forward_passes)
+    assert raw.forward_passes != own.forward_passes, "other drafts hold at other times"
 
 
 def test_denoising_without_a_test(tuned: Engine) -> None:

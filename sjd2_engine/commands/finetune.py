@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 GIGA = 1e9
 SCENES_SEED = 2  # of the pictures drawn for the bundled model
-DRAWN_STEPS = 900  # for which pictures are drawn where the run is told epochs
+DRAWN_STEPS = 1300  # for which pictures are drawn where the run is told epochs
 USUAL_PICTURES = 80_000  # of the publication, for an estimate without data
 
 Data = Annotated[

@@ -159,8 +159,8 @@ class Options:
 # its base training, and pictures without noise in every batch, which keep plain decoding as good as it was.
 FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "scenes": {
-        "levels": (3, 2), "t_min": 0.75, "segment": (2, 12), "clean_run": (0, 60), "reset": 0.0, "clean_share": 0.33,
-        "steps": 900, "batch": 32, "micro_batch": 32, "rate": 1e-3, "optimiser": "muon", "weight_decay": 0.05,
+        "levels": (3, 2), "t_min": 0.75, "segment": (2, 12), "clean_run": (0, 60), "reset": 0.0, "clean_share": 0.5,
+        "steps": 1300, "batch": 32, "micro_batch": 32, "rate": 1e-3, "optimiser": "muon", "weight_decay": 0.05,
         "warmup": 150, "final_share": 0.02, "checkpointing": False, "compiled": True, "validation": 512,
         "validate_every": 100_000, "save_every": 250, "log_every": 25, "seed": 4,
     },
