@@ -13,6 +13,7 @@ import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,16 @@ from sjd2_engine import Engine
 from sjd2_engine.evaluation.intervals import Interval, bootstrap, paired
 from sjd2_engine.evaluation.prompts import Case, scene_cases
 from sjd2_engine.evaluation.records import append_record, read_records
-from sjd2_engine.scenes.scene_eval import Score, Verdict, summarise
+from sjd2_engine.scenes.scene_eval import Score, Summary, Verdict, summarise
+from sjd2_engine.scenes.world import CATEGORIES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "ablations.jsonl"
 MODELS = {"base": "scenes", "sjd2": "scenes-sjd2"}
 SEED = 7  # of the captions, and of the first picture: captions that no default was chosen on
 BATCH = 16
-COUNTS, SOME, MANY = 48, 288, 480  # pictures: for forward passes, for shares of right ones, for small differences
+# Pictures: for forward passes, for shares of right ones, for differences of some points, and of one point.
+COUNTS, SOME, MANY, MOST = 48, 288, 480, 7200
 
 
 @dataclass(frozen=True)
@@ -95,12 +98,17 @@ def _guidance() -> Iterator[Cell]:
             yield Cell(f"{label}, s = {scale:g}", weights, decoder, pictures, {"guidance_scale": scale, **options})
 
 
-def _weights() -> Iterator[Cell]:
-    yield Cell("ar, tuned", "sjd2", "ar", MANY)
-    yield Cell("ar, base", "base", "ar", MANY)
+def _maximal() -> Iterator[Cell]:
     # The exact decoder that was furthest from AR over fewer pictures.
     options = {"window": 32, "denoise_levels": 2, "verification": "ratio", "coupling": "maximal"}
-    yield Cell("sjd2 ratio, maximal, tuned", "sjd2", "sjd2", MANY, options)
+    yield Cell("ar", "sjd2", "ar", MANY)
+    yield Cell("ratio, maximal", "sjd2", "sjd2", MANY, options)
+
+
+def _weights() -> Iterator[Cell]:
+    # By jacobi, whose pictures are those of ar, in a third of the time.
+    for weights, label in (("base", "base"), ("sjd2", "tuned")):
+        yield Cell(f"jacobi, {label}", weights, "jacobi", MOST, {"window": 16})
 
 
 EXPERIMENTS = {
@@ -108,9 +116,10 @@ EXPERIMENTS = {
     "coupling": _coupling,
     "levels": _levels,
     "guidance": _guidance,
+    "maximal": _maximal,
     "weights": _weights,
+    "categories": _weights,
 }
-GRIDS = ("coupling", "levels")
 
 
 def weights_digest(model: str) -> str:
@@ -142,12 +151,12 @@ class Measured:
         """Tokens per forward pass."""
         return bootstrap(self.forward_passes).inverse(self.tokens)
 
-    def scene_eval(self, cases: Sequence[Case]) -> Score:
-        """Mean of the six categories' shares."""
+    def scene_eval(self) -> Summary:
+        """Shares of the six categories, which captions have in turn, and their mean."""
         groups: dict[str, list[Verdict]] = {}
-        for case, right in zip(cases, self.correct):
-            groups.setdefault(case.category, []).append(Verdict(right, ""))
-        return summarise(groups).overall
+        for category, right in zip(cycle(CATEGORIES), self.correct):
+            groups.setdefault(category, []).append(Verdict(right, ""))
+        return summarise(groups)
 
 
 def usable(path: Path) -> list[dict[str, Any]]:
@@ -197,9 +206,12 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
 
 
+def _percent(score: Score) -> str:
+    return Interval(score.score, score.low, score.high).text("{:.1f} %", 100)
+
+
 def listing(cells: Sequence[Cell], records: Sequence[dict[str, Any]]) -> str:
     """One line per setting: passes, and shares of right pictures where there are enough; differences to the first."""
-    cases = scene_cases(max(cell.pictures for cell in cells), SEED)
     base: Measured | None = None
     rows = []
     for cell in cells:
@@ -210,8 +222,7 @@ def listing(cells: Sequence[Cell], records: Sequence[dict[str, Any]]) -> str:
         base = base or measured
         quality = difference = "–"
         if cell.pictures > COUNTS:
-            score = measured.scene_eval(cases)
-            quality = Interval(score.score, score.low, score.high).text("{:.1f} %", 100)
+            quality = _percent(measured.scene_eval().overall)
             if measured is not base:
                 difference = paired(measured.correct, base.correct).text("{:+.1f}", 100)
         passes = bootstrap(measured.forward_passes)
@@ -230,18 +241,35 @@ def grid(cells: Sequence[Cell], records: Sequence[dict[str, Any]]) -> str:
     return _markdown(("", *columns), ((line, *(values[line, column] for column in columns)) for line in lines))
 
 
+def categories(cells: Sequence[Cell], records: Sequence[dict[str, Any]]) -> str:
+    """SceneEval by category, one column per setting."""
+    found = [measured and measured.scene_eval() for measured in (Measured.of(cell, records) for cell in cells)]
+    rows = [
+        (category, *(_percent(result.categories[category]) if result else "not measured" for result in found))
+        for category in CATEGORIES
+    ]
+    return _markdown(("category", *(cell.label for cell in cells)), rows)
+
+
+DRAW = {"coupling": grid, "levels": grid, "categories": categories}  # the others: listing
+
+
+def table(name: str, records: Sequence[dict[str, Any]]) -> str:
+    """The table of an experiment, in Markdown."""
+    return DRAW.get(name, listing)(list(EXPERIMENTS[name]()), records)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="these experiments")
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON lines, one batch each")
     parser.add_argument("--tables", action="store_true", help="print the tables of what is there, decode nothing")
     options = parser.parse_args(argv)
-    experiments = {name: list(EXPERIMENTS[name]()) for name in options.only}
     if not options.tables:
-        run([cell for cells in experiments.values() for cell in cells], options.results)
+        run([cell for name in options.only for cell in EXPERIMENTS[name]()], options.results)
     records = usable(options.results)
-    for name, cells in experiments.items():
-        print(f"## {name}\n\n{(grid if name in GRIDS else listing)(cells, records)}\n")
+    for name in options.only:
+        print(f"## {name}\n\n{table(name, records)}\n")
     return 0
 
 
