@@ -314,6 +314,12 @@ def test_defaults_of_the_publication_and_of_the_bundled_model() -> None:
     assert options.accumulation(8) == 8
 
 
+def test_epochs_win_over_the_usual_steps() -> None:
+    assert Options.build("scenes").steps_for(64) == 1300
+    assert Options.build("scenes", epochs=3.0).steps_for(64) == 6
+    assert Options.build("scenes", epochs=3.0, steps=5).steps_for(64) == 5
+
+
 @pytest.mark.parametrize(
     "given, words",
     [

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 GIGA = 1e9
 SCENES_SEED = 2  # of the pictures drawn for the bundled model
-DRAWN_STEPS = 1300  # for which pictures are drawn where the run is told epochs
 USUAL_PICTURES = 80_000  # of the publication, for an estimate without data
 
 Data = Annotated[
@@ -199,8 +198,10 @@ def _data(model: Any, out: Path, data: Path | None, options: Options, accelerato
 
 
 def _drawn(options: Options) -> int:
-    """How many pictures are drawn for the bundled model."""
-    return (options.steps or DRAWN_STEPS) * options.batch + options.validation
+    """How many pictures are drawn for the bundled model; those of its usual run where this one is told epochs."""
+    from ..training.options import FAMILY_DEFAULTS
+
+    return (options.steps or FAMILY_DEFAULTS["scenes"]["steps"]) * options.batch + options.validation
 
 
 def _warn(facts: ModelFacts, options: Options, accelerator: Any, pictures: int) -> None:

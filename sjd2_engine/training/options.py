@@ -127,7 +127,10 @@ class Options:
         """The family's defaults with what is given over them; an unknown name is an error that names the closest."""
         noise_names = {entry.name for entry in fields(NoiseRecipe)}
         names = {entry.name for entry in fields(cls)} - {"noise"}
-        merged = {**FAMILY_DEFAULTS.get(family, {}), **given}
+        usual = dict(FAMILY_DEFAULTS.get(family, {}))
+        if "epochs" in given:
+            usual.pop("steps", None)  # they would win over what was asked for
+        merged = {**usual, **given}
         for name in merged:
             if name not in names | noise_names:
                 close = difflib.get_close_matches(name, names | noise_names, 1)
