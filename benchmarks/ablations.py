@@ -99,7 +99,7 @@ def _guidance() -> Iterator[Cell]:
 
 
 def _maximal() -> Iterator[Cell]:
-    # The exact decoder that was furthest from AR over fewer pictures.
+    # The exact decoder that was furthest from AR over fewer pictures, with earlier weights.
     options = {"window": 32, "denoise_levels": 2, "verification": "ratio", "coupling": "maximal"}
     yield Cell("ar", "sjd2", "ar", MANY)
     yield Cell("ratio, maximal", "sjd2", "sjd2", MANY, options)
@@ -195,7 +195,7 @@ def run(cells: Sequence[Cell], path: Path) -> None:
     """Decode what is missing, appending each batch to the file at `path`."""
     todo = missing(cells, usable(path))
     engines = {name: Engine.from_pretrained(MODELS[name]) for name in dict.fromkeys(cell.weights for cell, _ in todo)}
-    cases = scene_cases(max(cell.pictures for cell in cells), SEED)
+    cases = scene_cases(max((first + BATCH for _, first in todo), default=0), SEED)
     path.parent.mkdir(parents=True, exist_ok=True)
     for cell, first in tqdm(todo, desc="ablations", unit="batch", disable=not sys.stderr.isatty()):
         append_record(path, decode(engines[cell.weights], cell, cases, first))
