@@ -77,7 +77,7 @@ def build_page(service: ImageService) -> gr.Blocks:
             prompt = gr.Textbox(
                 examples[0], label="Prompt", scale=6, max_length=service.limits.prompt_chars, elem_id="prompt"
             )
-            seed = gr.Number(3, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, scale=1, min_width=120)
+            seed = gr.Number(4, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, scale=1, min_width=120)
             with gr.Column(scale=2, min_width=220):
                 go = gr.Button("Race", variant="primary", elem_id="go")
                 with gr.Row():
