@@ -96,8 +96,14 @@ def build_page(service: ImageService) -> gr.Blocks:
             [go.click, prompt.submit], show, [prompt, seed, kept], [scene, gallery, kept, download],
             concurrency_limit=RACES, trigger_mode="once", show_progress="hidden", api_visibility="private",
         )  # fmt: skip
-        stop.click(lambda: waiting("Stopped."), None, scene, cancels=[begun], api_visibility="private")
+        stop.click(_stopped, None, scene, cancels=[begun], api_visibility="private")
     return page.queue(max_size=32)
+
+
+def _stopped() -> str:
+    """The stage after Stop, once the frame that was under way is there: it would be drawn over this one."""
+    time.sleep(3 * FRAME_S)
+    return waiting("Stopped.")
 
 
 def _show(service: ImageService) -> Callable[..., Generator[Any, None, None]]:
